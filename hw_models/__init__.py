@@ -1,0 +1,1 @@
+"""Chips, one TOML file each."""
