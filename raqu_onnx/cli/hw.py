@@ -1,0 +1,167 @@
+"""`raqu-onnx hw`: list, show and check chip descriptions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from raqu_onnx.errors import ChipError
+from raqu_onnx.hardware import Chip, ChipFileError, builtin_chips, load_chip
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["add_parser"]
+
+_JSON_VERSION = 1
+# What a value that the file leaves out means.
+_ABSENT = {"count": "as many as needed", "rows_active": "all", "adc_bits": "ideal"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `hw list | show | check` to the command line."""
+    parser = subparsers.add_parser(
+        "hw",
+        help="list, show and check chip descriptions",
+        description="List the built-in chips, show one with the source of every figure, or check chip files.",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="list the built-in chips", description="List the built-in chips.")
+    listing.set_defaults(run=_list)
+    show = actions.add_parser(
+        "show",
+        help="show every figure of a chip with its source",
+        description="Show every figure of a chip with its source.",
+    )
+    show.add_argument("chip", metavar="NAME|FILE", help="a built-in chip's name, or a TOML file")
+    show.set_defaults(run=_show)
+    check = actions.add_parser(
+        "check",
+        help="check chip files",
+        description="Check chip files and report every error. Figures without a source are warnings.",
+    )
+    check.add_argument("chips", metavar="FILE", nargs="+", help="a TOML file, or a built-in chip's name")
+    check.set_defaults(run=_check)
+    for action in (listing, show, check):
+        action.add_argument("--format", choices=["text", "json"], default="text", help="default: text")
+
+
+def _list(args: argparse.Namespace) -> int:
+    chips = [load_chip(name) for name in builtin_chips()]
+    if args.format == "json":
+        _print_json(chips=[_summary(chip) for chip in chips])
+        return 0
+    table = _table("name", "crossbars", "bits", "count", "encoding", "sharing", "title")
+    for chip in chips:
+        approximate = "~" if chip.encoding_is_approximation else ""
+        table.add_row(
+            chip.name,
+            "\n".join(f"{crossbar.rows}x{crossbar.cols}" for crossbar in chip.crossbars),
+            "\n".join(str(crossbar.cell_bits) for crossbar in chip.crossbars),
+            "\n".join(str(crossbar.count or "any") for crossbar in chip.crossbars),
+            approximate + chip.encoding,
+            chip.sharing,
+            chip.title,
+        )
+    console = _console()
+    console.print(table)
+    if any(chip.encoding_is_approximation for chip in chips):
+        console.print("~ the nearest of the four encodings; `raqu-onnx hw show NAME` says why")
+    return 0
+
+
+def _summary(chip: Chip) -> dict[str, Any]:
+    keys = {"name", "title", "encoding", "encoding_is_approximation", "sharing", "crossbars"}
+    return {**chip.model_dump(mode="json", include=keys), "total_cells": chip.total_cells()}
+
+
+def _show(args: argparse.Namespace) -> int:
+    chip = load_chip(args.chip)
+    if args.format == "json":
+        _print_json(
+            chip=chip.model_dump(mode="json"),
+            total_cells=chip.total_cells(),
+            unsourced_figures=list(chip.unsourced_figures()),
+        )
+        return 0
+    console = _console()
+    for text in (f"{chip.name}: {chip.title}" if chip.title else chip.name, chip.description):
+        if text:
+            console.print(text, end="\n\n")
+    if chip.encoding_is_approximation:
+        console.print(f"The encoding is an approximation: {chip.encoding_is_approximation}", end="\n\n")
+    table = _table("figure", "value", "source")
+    unknown = []
+    for key, value in chip.settings().items():
+        if key == "encoding_is_approximation":  # told above
+            continue
+        if value is None and key.rpartition(".")[2] not in _ABSENT:
+            unknown.append(key)
+        else:
+            table.add_row(key, _value(key, value), chip.source_of(key) or "" if value is not None else "")
+    console.print(table)
+    if unknown:
+        console.print(f"\nNot known: {', '.join(unknown)}")
+    return 0
+
+
+def _value(key: str, value: object) -> str:
+    if value is None:
+        return _ABSENT[key.rpartition(".")[2]]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check(args: argparse.Namespace) -> int:
+    results = [_checked(name) for name in args.chips]
+    if args.format == "json":
+        _print_json(files=results)
+    else:
+        for result in results:
+            _print_checked(result)
+    return 0 if all(result["ok"] for result in results) else ChipError.exit_code
+
+
+def _checked(name: str) -> dict[str, Any]:
+    try:
+        chip = load_chip(name)
+    except ChipFileError as error:
+        return {"file": name, "ok": False, "errors": error.lines(), "warnings": []}
+    except ChipError as error:
+        return {"file": name, "ok": False, "errors": [str(error)], "warnings": []}
+    warnings = [f"{name}: {key}: no source" for key in chip.unsourced_figures()]
+    warnings += [f"{name}: sources.{key}: no such figure here" for key in chip.stray_sources()]
+    return {"file": name, "ok": True, "errors": [], "warnings": warnings}
+
+
+def _print_checked(result: dict[str, Any]) -> None:
+    for line in result["errors"]:
+        print(f"error: {line}", file=sys.stderr)
+    for line in result["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    if result["ok"]:
+        print(f"{result['file']}: OK")
+
+
+def _print_json(**content: object) -> None:
+    print(json.dumps({"schema_version": _JSON_VERSION, **content}, indent=2, allow_nan=False))
+
+
+def _console() -> Console:
+    # rich honours NO_COLOR and COLUMNS, and takes 80 columns in a pipe. Chip texts are not markup.
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def _table(*headers: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for header in headers:  # the last column holds prose and wraps
+        table.add_column(header, overflow="fold", no_wrap=header != headers[-1])
+    return table
