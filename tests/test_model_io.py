@@ -1,0 +1,401 @@
+"""Reading and writing models: what is accepted, what is refused in one line, and what is never opened."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from raqu_onnx.errors import ModelError, OutputError
+from raqu_onnx.model_io import load_model, model_digest, model_inputs, save_model, to_proto
+
+TEXT = """
+<ir_version: 10, opset_import: ["": 18], metadata_props: ["key": "value"]>
+g (float[batch, 4] x) => (float[batch, 3] y) { [layer] h = MatMul (x, w)  y = Add (h, b) }
+"""
+
+
+def proto_of(text: str = TEXT, **weights: np.ndarray) -> onnx.ModelProto:
+    proto = onnx.parser.parse_model(text)
+    given = weights or {"w": np.arange(12, dtype=np.float32).reshape(4, 3), "b": np.ones(3, np.float32)}
+    for name, array in given.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return proto
+
+
+def refused(source: Path | onnx.ModelProto | ir.Model, *, check_weights: bool = True) -> str:
+    """The one line that a refused model gives."""
+    with pytest.raises(ModelError) as caught:
+        load_model(source, check_weights=check_weights)
+    message = str(caught.value)
+    assert "\n" not in message
+    if isinstance(source, Path):
+        assert message.startswith(f"{source}: ")
+    return message
+
+
+def run(model: ir.Model) -> np.ndarray:
+    session = ort.InferenceSession(to_proto(model).SerializeToString())
+    return session.run(None, {"x": np.ones((2, 4), np.float32)})[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "m.onnx"
+    onnx.save(proto_of(), path)
+    return path
+
+
+def external(folder: Path, location: str, *, length: int | None = None, offset: int | None = None) -> Path:
+    """A model whose weight `w` (48 bytes) is said to lie at `location`."""
+    proto = proto_of()
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+    path = folder / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def test_every_kind_of_source_loads(file: Path) -> None:
+    expected = run(load_model(file))
+    for source in (str(file), onnx.load(file), ir.load(file)):
+        np.testing.assert_array_equal(run(load_model(source)), expected)
+
+
+def test_sources_in_memory_are_not_changed(file: Path) -> None:
+    for source in (onnx.load(file), ir.load(file)):
+        before = ir.to_proto(source) if isinstance(source, ir.Model) else onnx.load(file)
+        model = load_model(source)
+        model.graph[0].name = "changed"
+        model.graph[0].metadata_props["new"] = "changed"
+        model.metadata_props["key"] = "changed"
+        model.graph.inputs[0].name = "changed"
+        model.graph.initializers["w"].const_value = ir.tensor(np.zeros((4, 3), np.float32), name="w")
+        proto = source if isinstance(source, onnx.ModelProto) else ir.to_proto(source)
+        assert proto.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.onnx").endswith("no such file")
+    assert "is a folder" in refused(tmp_path)
+
+
+def test_unreadable_kinds_of_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.onnx"
+    os.mkfifo(pipe)
+    assert "not a regular file" in refused(pipe)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, I am no model\n", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100), bytes(64), b"\n\n\n\n"]
+)
+def test_not_an_onnx_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    assert "not an ONNX" in refused(path)
+
+
+def test_truncated_anywhere_is_refused(file: Path) -> None:
+    proto = proto_of()
+    proto.ClearField("metadata_props")  # what is last in a file, and optional, is not missed
+    whole = proto.SerializeToString()
+    for length in range(1, len(whole)):
+        file.write_bytes(whole[:length])
+        refused(file)
+
+
+def test_no_outputs(file: Path) -> None:
+    proto = proto_of()
+    del proto.graph.output[:]
+    assert "no outputs" in refused(proto)
+    file.write_bytes(proto.SerializeToString())
+    assert "no outputs" in refused(file)
+    model = ir.from_proto(proto_of())
+    model.graph.outputs.clear()
+    assert "no outputs" in refused(model)
+
+
+def test_output_that_nothing_produces() -> None:
+    proto = proto_of()
+    proto.graph.output[0].name = "nowhere"
+    assert "nothing produces the graph output 'nowhere'" in refused(proto)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (TEXT.replace("MatMul", "NoSuchOp"), "NoSuchOp"),
+        (TEXT.replace("Add (h, b)", "Add (h, nobody)"), "nobody"),
+        (TEXT.replace("Add (h, b)", "com.acme.Add (h, b)"), "com.acme"),
+        (TEXT.replace("h = MatMul (x, w)  y =", "y = MatMul (x, w)  y ="), "y"),
+    ],
+)
+def test_what_the_checker_refuses_is_one_line(text: str, reason: str) -> None:
+    message = refused(proto_of(text))
+    assert "is not a valid ONNX model" in message
+    assert reason in message
+
+
+def test_opset_that_nobody_knows_yet() -> None:
+    assert "is of opset 999, and the installed onnx package knows" in refused(proto_of(TEXT.replace("18", "999")))
+
+
+def test_graph_without_a_name_loads() -> None:
+    proto = proto_of()
+    proto.graph.name = ""
+    assert load_model(proto).graph.name in (None, "")
+
+
+def test_tensor_with_too_little_data() -> None:
+    proto = proto_of()
+    proto.graph.initializer[0].raw_data = bytes(44)
+    assert "initializer 'w' holds more or less data" in refused(proto, check_weights=False)
+    proto.graph.initializer[0].ClearField("raw_data")
+    proto.graph.initializer[0].float_data.extend([1.0] * 11)
+    assert "initializer 'w' holds more or less data" in refused(proto, check_weights=False)
+
+
+def test_sparse_initializer_is_refused() -> None:
+    proto = proto_of()
+    sparse = proto.graph.sparse_initializer.add()
+    sparse.values.name = "s"
+    assert "initializer 's' is sparse" in refused(proto)
+
+
+# ---------------------------------------------------------------------------------------------------- finite weights
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_nonfinite_weight(bad: float, dtype: type) -> None:
+    weight = np.ones((2000, 600), dtype)
+    weight[-1, -1] = bad
+    text = TEXT.replace("float[batch, 4]", "float[batch, 2000]").replace("float[batch, 3]", "float[batch, 600]")
+    proto = proto_of(text, w=weight, b=np.zeros(600, dtype))
+    assert "initializer 'w' holds NaN or infinity" in refused(proto)
+    load_model(proto, check_weights=False)
+
+
+@pytest.mark.parametrize(("number", "fine"), [(np.nan, False), (np.inf, False), (1.0, True)])
+def test_nonfinite_constant_node_behind_other_nodes(number: float, fine: bool) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> g (float[n, 1] x) => (float[n, 2] y)'
+        " { c = Constant <value = float[2, 1] {1, 2}> ()  t = Transpose (c)  y = MatMul (x, t) }"
+    )
+    array = np.array([[1], [number]], np.float32)
+    proto.graph.node[0].attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(array))
+    if fine:
+        load_model(proto)
+    else:
+        assert "constant 'c'" in refused(proto)
+
+
+def test_infinity_in_a_mask_is_fine_and_nan_is_not() -> None:
+    text = TEXT.replace("Add (h, b)", "Where (m, h, b)").replace("x) =>", "x, bool[3] m) =>")
+    weights = {"w": np.ones((4, 3), np.float32), "b": np.full(3, -np.inf, np.float32)}
+    load_model(proto_of(text, **weights))
+    weights["b"][0] = np.nan
+    assert "initializer 'b' holds NaN" in refused(proto_of(text, **weights))
+
+
+# ----------------------------------------------------------------------------------------------------- external data
+
+
+def test_external_data_loads_and_is_mapped(tmp_path: Path) -> None:
+    path = external(tmp_path, "w.bin", offset=16, length=48)
+    (tmp_path / "w.bin").write_bytes(bytes(16) + np.arange(12, dtype=np.float32).tobytes())
+    model = load_model(path)
+    assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
+    np.testing.assert_array_equal(run(model), run(load_model(proto_of())))
+
+
+def test_relative_path_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    external(tmp_path, "w.bin")
+    (tmp_path / "w.bin").write_bytes(bytes(48))
+    monkeypatch.chdir(tmp_path)
+    model = load_model("m.onnx", check_weights=False)
+    monkeypatch.chdir("/")
+    assert model.graph.initializers["w"].const_value.numpy().sum() == 0
+
+
+def test_missing_external_data(tmp_path: Path) -> None:
+    message = refused(external(tmp_path, "w.bin"), check_weights=False)
+    assert message.endswith("initializer 'w': external data 'w.bin' does not exist")
+
+
+@pytest.mark.parametrize(("offset", "length"), [(None, None), (4, None), (0, 48), (10**9, None)])
+def test_external_data_that_is_too_short(tmp_path: Path, offset: int | None, length: int | None) -> None:
+    path = external(tmp_path, "w.bin", offset=offset, length=length)
+    (tmp_path / "w.bin").write_bytes(bytes(47))
+    assert "is too short: 47 bytes" in refused(path, check_weights=False)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-8, None), (0, 47), ("zero", None)])
+def test_external_data_with_a_wrong_extent(tmp_path: Path, offset: int | None, length: int | None) -> None:
+    path = external(tmp_path, "w.bin", offset=offset, length=length)
+    (tmp_path / "w.bin").write_bytes(bytes(4800))
+    refused(path, check_weights=False)
+
+
+@pytest.mark.parametrize(
+    "location", ["/etc/hostname", "../w.bin", "sub/../../w.bin", "..\\w.bin", "C:\\w.bin", "", "a\0b"]
+)
+def test_external_data_outside_the_folder_is_never_opened(
+    tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "w.bin").write_bytes(bytes(48))
+    path = external(folder, location)
+    monkeypatch.setattr(ir.ExternalTensor, "_load", lambda _: pytest.fail("opened"))
+    assert "initializer 'w'" in refused(path)
+    with pytest.raises(ModelError, match="initializer 'w'"):
+        model_digest(path)
+
+
+def test_external_data_through_a_link_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "w.bin").write_bytes(bytes(48))
+    (folder / "w.bin").symlink_to(tmp_path / "w.bin")
+    monkeypatch.setattr(ir.ExternalTensor, "_load", lambda _: pytest.fail("opened"))
+    assert "points outside the model's folder" in refused(external(folder, "w.bin"))
+    (folder / "sub").symlink_to(tmp_path)
+    assert "points outside the model's folder" in refused(external(folder, "sub/w.bin"))
+
+
+def test_link_inside_the_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real.bin").write_bytes(bytes(48))
+    (tmp_path / "w.bin").symlink_to(tmp_path / "real.bin")
+    load_model(external(tmp_path, "w.bin"))
+
+
+def test_strange_external_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(external(tmp_path, "pipe"))
+    (tmp_path / "a.bin").write_bytes(bytes(48))
+    (tmp_path / "b.bin").hardlink_to(tmp_path / "a.bin")
+    assert "hard links" in refused(external(tmp_path, "b.bin"))
+
+
+def test_external_data_of_a_message_has_no_folder(tmp_path: Path) -> None:
+    path = external(tmp_path, "w.bin")
+    assert "give the path" in refused(onnx.load(path, load_external_data=False))
+
+
+def test_large_external_data_is_not_read(tmp_path: Path) -> None:
+    text = TEXT.replace("float[batch, 4]", "float[batch, 30000]").replace("float[batch, 3]", "float[batch, 30000]")
+    proto = proto_of(text, b=np.ones(30000, np.float32))
+    tensor = proto.graph.initializer.add(name="w", data_type=1, dims=[30000, 30000], data_location=1)
+    tensor.external_data.add(key="location", value="w.bin")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with (tmp_path / "w.bin").open("wb") as stream:
+        stream.truncate(30000 * 30000 * 4)  # sparse: 3.6 GB that take no room
+    start = time.perf_counter()
+    model = load_model(path, check_weights=False)
+    assert time.perf_counter() - start < 0.5
+    assert model.graph.initializers["w"].shape == (30000, 30000)
+    with pytest.raises(ModelError, match="do not fit into one message"):
+        to_proto(model)
+    with pytest.raises(OutputError, match="do not fit into one ONNX file"):
+        save_model(model, tmp_path / "out.onnx", external_data=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+@pytest.mark.parametrize("external_data", [None, False, True])
+def test_saved_model_loads_again_with_the_same_bytes(tmp_path: Path, external_data: bool | None) -> None:
+    weights = {"w": np.random.default_rng(0).normal(size=(4, 3000)).astype(np.float32), "b": np.ones(3000, np.float32)}
+    model = load_model(proto_of(TEXT.replace("float[batch, 3]", "float[batch, 3000]"), **weights))
+    before = to_proto(model).SerializeToString(deterministic=True)
+    first, second = tmp_path / "a" / "m.onnx", tmp_path / "b" / "m.onnx"
+    for path in (first, second):
+        path.parent.mkdir()
+        save_model(model, path, external_data=external_data)
+        onnx.checker.check_model(str(path))
+    names = ["m.onnx", "m.onnx.data"] if external_data else ["m.onnx"]
+    for folder in (first.parent, second.parent):
+        assert sorted(p.name for p in folder.iterdir()) == names
+    assert all((first.parent / n).read_bytes() == (second.parent / n).read_bytes() for n in names)
+    assert to_proto(load_model(first)).graph.node == to_proto(model).graph.node
+    np.testing.assert_array_equal(run(load_model(first)), run(model))
+    assert to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_external_weights_move_into_one_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = external(tmp_path / "in", "w.bin")
+    (tmp_path / "in" / "w.bin").write_bytes(np.arange(12, dtype=np.float32).tobytes())
+    model = load_model(path)
+    save_model(model, tmp_path / "out.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.onnx"]
+    np.testing.assert_array_equal(run(load_model(tmp_path / "out.onnx")), run(model))
+
+
+def test_file_that_cannot_be_written(tmp_path: Path) -> None:
+    model = load_model(proto_of())
+    for external_data in (True, False):
+        with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
+            save_model(model, tmp_path / "none" / "m.onnx", external_data=external_data)
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_model(model, tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+# ------------------------------------------------------------------------------------------------- digest and inputs
+
+
+def test_digest_sees_every_byte(tmp_path: Path, file: Path) -> None:
+    before = model_digest(file)
+    assert len(before) == 64
+    assert model_digest(str(file)) == before
+    model = load_model(file)
+    model.graph[0].name = "other"
+    save_model(model, file)
+    assert model_digest(file) != before
+    path = external(tmp_path, "w.bin")
+    digests = set()
+    for byte in (0, 1):
+        (tmp_path / "w.bin").write_bytes(bytes(47) + bytes([byte]))
+        digests.add(model_digest(path))
+    assert len(digests) == 2
+    assert model_digest(proto_of()) == model_digest(proto_of())
+
+
+def test_inputs_to_feed() -> None:
+    model = load_model(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["": 18]> g (float[batch, 3, 8] x, int64[] k, bool m, float[2] d)'
+            " => (float[batch, 3, 8] y) <float[2] d = {1, 2}> { y = Relu (x) }"
+        )
+    )
+    specs = model_inputs(model)
+    assert [(s.name, s.dtype, s.shape) for s in specs] == [
+        ("x", np.dtype("float32"), ("batch", 3, 8)),
+        ("k", np.dtype("int64"), None),
+        ("m", np.dtype("bool"), ()),
+    ]
+
+
+def test_input_that_is_a_sequence() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> g (seq(float[n]) s) => (int64 y) { y = SequenceLength (s) }'
+    )
+    with pytest.raises(ModelError, match=r"input 's' is .*only dense tensors"):
+        model_inputs(load_model(proto))
