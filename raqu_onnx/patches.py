@@ -1,0 +1,121 @@
+"""The vectors that drive the wordlines: im2col for every mapped node."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raqu_onnx.layout import MappedNode, Window
+
+__all__ = ["input_vectors"]
+
+
+def input_vectors(node: MappedNode, x: NDArray[Any], *, limit: int | None = None) -> NDArray[Any]:
+    """Cut a node's input into the vectors of its MVMs.
+
+    Args:
+        node: The mapped node.
+        x: Its input as ONNX defines it, padding not yet applied; padded positions become 0.
+        limit: Keep at most about this many vectors, evenly spread over samples and positions.
+
+    Returns:
+        Shape (P, G, K): P vectors for each of G groups, rows in the order of `WeightLayout.to_matrices`.
+    """
+    if node.window is not None:
+        return _windows(node, node.window, x, limit)
+    if node.constant_left:
+        rows = np.moveaxis(x, -2, -1).reshape(-1, node.layout.rows)
+    else:
+        rows = (x.T if node.input_transposed else x).reshape(-1, node.layout.rows)
+    return rows[_spread(len(rows), limit)][:, None, :]
+
+
+def _spread(total: int, limit: int | None) -> NDArray[np.int64]:
+    if limit is None or total <= limit:
+        return np.arange(total)
+    return np.linspace(0, total - 1, max(1, limit)).astype(np.int64)
+
+
+def _windows(node: MappedNode, window: Window, x: NDArray[Any], limit: int | None) -> NDArray[Any]:
+    rank = len(window.kernel)
+    if window.transposed:
+        padded = _zero_stuffed(window, x)
+        strides = (1,) * rank
+    else:
+        padded = np.pad(x, [(0, 0), (0, 0), *_conv_pads(window, x.shape[2:])])
+        strides = window.strides
+    extent = tuple((k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True))
+    axes = tuple(range(2, 2 + rank))
+    views = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=axes)
+    views = views[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
+    taps = tuple(slice(None, None, d) for d in window.dilations)
+    views = views[(slice(None),) * (2 + rank) + taps]
+    positions = views.shape[2 : 2 + rank]
+    # (N, C, positions..., kernel...) -> chosen (sample, position) pairs -> (P, G, K)
+    flat = np.moveaxis(views, 1, 1 + rank)
+    chosen = _spread(len(x) * math.prod(positions), limit)
+    index = np.unravel_index(chosen, (len(x), *positions))
+    return flat[index].reshape(len(chosen), node.layout.groups, node.layout.rows)
+
+
+def _conv_pads(window: Window, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Padding before and after each spatial axis, with `auto_pad` resolved as ONNX Conv defines it."""
+    rank = len(sizes)
+    if window.auto_pad == "VALID":
+        return [(0, 0)] * rank
+    if window.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for size, kernel, stride, dilation in zip(sizes, window.kernel, window.strides, window.dilations, strict=True):
+            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if window.auto_pad == "SAME_UPPER" else (large, small))
+        return pads
+    return list(zip(window.pads[:rank], window.pads[rank:], strict=True))
+
+
+def _zero_stuffed(window: Window, x: NDArray[Any]) -> NDArray[Any]:
+    """Input of the convolution that equals a ConvTranspose: zeros between samples, then padding or cropping."""
+    sizes = x.shape[2:]
+    stuffed = np.zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(sizes, window.strides, strict=True))), x.dtype)
+    stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in window.strides))] = x
+    widths: list[tuple[int, int]] = [(0, 0), (0, 0)]
+    crop: list[slice] = [slice(None), slice(None)]
+    pads = _transpose_pads(window, sizes)
+    for kernel, dilation, (before, after), extra in zip(
+        window.kernel, window.dilations, pads, window.output_padding, strict=True
+    ):
+        reach = (kernel - 1) * dilation
+        low, high = reach - before, reach - after + extra
+        widths.append((max(0, low), max(0, high)))
+        crop.append(slice(max(0, -low), -max(0, -high) or None))
+    return np.pad(stuffed, widths)[tuple(crop)]
+
+
+def _transpose_pads(window: Window, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Padding of a ConvTranspose with `output_shape` and `auto_pad` resolved as ONNX defines them."""
+    rank = len(sizes)
+    if window.output_shape is None and window.auto_pad == "NOTSET":
+        return list(zip(window.pads[:rank], window.pads[rank:], strict=True))
+    if window.output_shape is None and window.auto_pad == "VALID":
+        return [(0, 0)] * rank
+    pads = []
+    for axis, size in enumerate(sizes):
+        stride = window.strides[axis]
+        reach = (window.kernel[axis] - 1) * window.dilations[axis] + 1
+        total = stride * (size - 1) + window.output_padding[axis] + reach
+        if window.output_shape is not None:
+            total -= window.output_shape[-rank + axis]
+        else:
+            total = max(0, total - size * stride)
+        if total < 0:
+            # An output larger than the window reaches gets its rest at the end.
+            pads.append((0, total))
+            continue
+        small, large = total // 2, total - total // 2
+        pads.append((small, large) if window.auto_pad == "SAME_UPPER" else (large, small))
+    return pads
