@@ -1,0 +1,352 @@
+"""Which crossbar, row and column every block of every node gets.
+
+`place` decides it for a whole chip; `Placement` answers what users ask of the result: crossbars per type, programmed
+cells, utilization and the lower bound. Counts are of physical arrays: a pair of arrays counts as two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.errors import ChipError
+from raqu_onnx.packing import Packer, new_packer
+from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from raqu_onnx.hardware import Chip, Sharing
+
+__all__ = [
+    "DoesNotFitError",
+    "PlacedBlock",
+    "Placement",
+    "count_crossbars",
+    "geometries",
+    "lower_bound",
+    "place",
+]
+
+
+class DoesNotFitError(ChipError):
+    """The chip has fewer crossbars than the model needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBlock:
+    """A block and where it lies.
+
+    Attributes:
+        node: Name of its node.
+        block: Rows and columns of the weight matrix that it holds.
+        crossbar_type: Index into the chip's crossbar types.
+        crossbar: Index of the placement slot among those of its type; a slot is a crossbar, or a pair of them.
+        row: First wordline.
+        col: First bitline.
+    """
+
+    node: str
+    block: Block
+    crossbar_type: int
+    crossbar: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A whole model on a chip.
+
+    Attributes:
+        chip: The chip.
+        sharing: The sharing mode that it was made for.
+        matrices: Weights by node name.
+        blocks: Every block, in the order of nodes.
+        slots: Slots opened per crossbar type.
+    """
+
+    chip: Chip
+    sharing: Sharing
+    matrices: Mapping[str, Matrix]
+    blocks: tuple[PlacedBlock, ...]
+    slots: tuple[int, ...]
+
+    @cached_property
+    def geometries(self) -> tuple[ArrayGeometry, ...]:
+        """Geometry of each crossbar type."""
+        return geometries(self.chip)
+
+    @cached_property
+    def types_by_node(self) -> dict[str, int]:
+        """The crossbar type that each node lies on."""
+        return {placed.node: placed.crossbar_type for placed in self.blocks}
+
+    @cached_property
+    def crossbars_by_type(self) -> tuple[int, ...]:
+        """Physical crossbars allocated per type."""
+        return tuple(n * g.encoding.arrays_per_placement for n, g in zip(self.slots, self.geometries, strict=True))
+
+    @property
+    def crossbars(self) -> int:
+        """Physical crossbars allocated."""
+        return sum(self.crossbars_by_type)
+
+    @cached_property
+    def allocated_cells(self) -> int:
+        """Cells of all allocated crossbars."""
+        return sum(n * g.cells for n, g in zip(self.slots, self.geometries, strict=True))
+
+    @cached_property
+    def allocated_bits(self) -> int:
+        """Cells of all allocated crossbars times the bits that each holds."""
+        return sum(n * g.cells * g.encoding.cell_bits for n, g in zip(self.slots, self.geometries, strict=True))
+
+    @cached_property
+    def programmed_cells(self) -> int:
+        """Cells that hold weights; unit columns and padding do not count."""
+        types = self.types_by_node
+        return sum(
+            matrix.cells(self.geometries[types[name]].encoding)
+            for name, matrix in self.matrices.items()
+            if name in types
+        )
+
+    @cached_property
+    def weight_bits(self) -> int:
+        """`sum(K * b_k)` over all kernels."""
+        return sum(matrix.weight_bits for matrix in self.matrices.values())
+
+    @property
+    def cell_utilization(self) -> float:
+        """Programmed cells over cells of all allocated crossbars."""
+        return self.programmed_cells / self.allocated_cells if self.allocated_cells else 0.0
+
+    @property
+    def bit_utilization(self) -> float:
+        """Weight bits over the bits that all allocated crossbars can hold."""
+        return self.weight_bits / self.allocated_bits if self.allocated_bits else 0.0
+
+    @cached_property
+    def lower_bound(self) -> int:
+        """Fewest crossbars that any placement of these weights could use on this chip.
+
+        Where the placement uses more than the chip has, the bound leaves the chip's counts out too.
+        """
+        counts = [kind.count for kind in self.chip.crossbars]
+        if any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True)):
+            counts = [None] * len(counts)
+        return lower_bound(list(self.matrices.values()), self.geometries, counts)
+
+
+def geometries(chip: Chip) -> tuple[ArrayGeometry, ...]:
+    """Geometry of each of a chip's crossbar types."""
+    return tuple(ArrayGeometry.of(chip, crossbar) for crossbar in chip.crossbars)
+
+
+def place(
+    matrices: Mapping[str, Matrix], chip: Chip, *, sharing: Sharing | None = None, ignore_counts: bool = False
+) -> Placement:
+    """Place every node of a model on a chip.
+
+    Nodes are placed by falling cells; each goes to the crossbar type on which it opens the fewest cells, its blocks
+    by falling area.
+
+    Args:
+        matrices: Weights by node name.
+        chip: The chip.
+        sharing: Overrides the chip's sharing mode, for baselines.
+        ignore_counts: Use as many crossbars as needed, to say how many are missing.
+
+    Raises:
+        DoesNotFitError: The chip has too few crossbars.
+        ChipError: A kernel fits no crossbar type.
+    """
+    mode = sharing or chip.sharing
+    shapes = geometries(chip)
+    packers = [
+        new_packer(
+            mode,
+            shape.rows,
+            shape.cols,
+            None if ignore_counts or kind.count is None else kind.count // shape.encoding.arrays_per_placement,
+        )
+        for shape, kind in zip(shapes, chip.crossbars, strict=True)
+    ]
+    if len(shapes) == 1:
+        placed = _place_together(matrices, shapes[0], packers[0])
+    else:
+        placed = _place_by_node(matrices, shapes, packers)
+    if placed is None:
+        _raise_shortage(matrices, chip, mode)
+    by_node: dict[str, list[PlacedBlock]] = {name: [] for name in matrices}
+    for block in placed or ():
+        by_node[block.node].append(block)
+    return Placement(
+        chip,
+        mode,
+        dict(matrices),
+        tuple(block for blocks in by_node.values() for block in blocks),
+        tuple(packer.opened for packer in packers),
+    )
+
+
+def _place_together(matrices: Mapping[str, Matrix], shape: ArrayGeometry, packer: Packer) -> list[PlacedBlock] | None:
+    """All nodes' blocks by falling area: packs tighter than node by node."""
+    names = list(matrices)
+    jobs = [(index, block) for index, name in enumerate(names) for block in tile(matrices[name], shape, where=name)]
+    jobs.sort(key=lambda job: (-job[1].height * job[1].width, -job[1].height, job[0]))
+    placed = []
+    for index, block in jobs:
+        spot = packer.place(block.height, block.width, index)
+        if spot is None:
+            return None
+        placed.append(PlacedBlock(names[index], block, 0, *spot))
+    placed.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
+    return placed
+
+
+def _place_by_node(
+    matrices: Mapping[str, Matrix], shapes: Sequence[ArrayGeometry], packers: list[Packer]
+) -> list[PlacedBlock] | None:
+    """Node by node, each on the crossbar type on which it opens the fewest new cells."""
+    placed: list[PlacedBlock] = []
+    order = sorted(matrices, key=lambda name: -matrices[name].cells(shapes[0].encoding))
+    for owner, name in enumerate(order):
+        best: tuple[int, int, Packer, list[PlacedBlock]] | None = None
+        for index, shape in enumerate(shapes):
+            trial = packers[index].copy()
+            blocks = _try_node(name, owner, matrices[name], index, shape, trial)
+            if blocks is None:
+                continue
+            opened = (trial.opened - packers[index].opened) * shape.cells
+            if best is None or opened < best[0]:
+                best = (opened, index, trial, blocks)
+        if best is None:
+            return None
+        packers[best[1]] = best[2]
+        placed.extend(best[3])
+    return placed
+
+
+def _try_node(
+    name: str, owner: int, matrix: Matrix, index: int, shape: ArrayGeometry, packer: Packer
+) -> list[PlacedBlock] | None:
+    try:
+        blocks = tile(matrix, shape, where=name)
+    except ChipError:
+        return None
+    placed = []
+    for block in sorted(blocks, key=lambda item: (-item.height * item.width, -item.height)):
+        spot = packer.place(block.height, block.width, owner)
+        if spot is None:
+            return None
+        placed.append(PlacedBlock(name, block, index, *spot))
+    placed.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
+    return placed
+
+
+def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> None:
+    for name, matrix in matrices.items():
+        if all(_too_wide(name, matrix, shape) for shape in geometries(chip)):
+            raise ChipError(f"{name}: one kernel is wider than every crossbar type of chip {chip.name}")
+    need = place(matrices, chip, sharing=mode, ignore_counts=True)
+    if len(chip.crossbars) == 1:
+        problem = f"has {chip.crossbars[0].count} crossbars, the model needs {need.crossbars} under {mode} sharing"
+    else:
+        # A node lies on one type, so that the sum over types can be large enough and still not serve.
+        have = ", ".join(f"{kind.name}: {'any' if kind.count is None else kind.count}" for kind in chip.crossbars)
+        free = zip(chip.crossbars, need.crossbars_by_type, strict=True)
+        wanted = ", ".join(f"{kind.name}: {count}" for kind, count in free if count)
+        problem = f"has too few crossbars ({have}) under {mode} sharing, without limits the model takes {wanted}"
+    raise DoesNotFitError(f"chip {chip.name} {problem}; use fewer bits or a larger chip")
+
+
+def _too_wide(name: str, matrix: Matrix, shape: ArrayGeometry) -> bool:
+    try:
+        tile(matrix, shape, where=name)
+    except ChipError:
+        return True
+    return False
+
+
+def count_crossbars(matrix: Matrix, chip: Chip, sharing: Sharing | None = None) -> int:
+    """Crossbars that one node takes alone, on the type where it allocates the fewest cells.
+
+    Raises:
+        ChipError: One kernel is wider than every crossbar.
+    """
+    mode = sharing or chip.sharing
+    best: tuple[int, int] | None = None
+    error: ChipError | None = None
+    for shape in geometries(chip):
+        try:
+            blocks = tile(matrix, shape)
+        except ChipError as exc:
+            error = exc
+            continue
+        packer = new_packer(mode, shape.rows, shape.cols)
+        for block in sorted(blocks, key=lambda item: (-item.height * item.width, -item.height)):
+            packer.place(block.height, block.width, 0)
+        cells = packer.opened * shape.cells
+        if best is None or cells < best[0]:
+            best = (cells, packer.opened * shape.encoding.arrays_per_placement)
+    if best is None:
+        raise error or ChipError(f"chip {chip.name} has no crossbar type")
+    return best[1]
+
+
+def lower_bound(matrices: Sequence[Matrix], shapes: Sequence[ArrayGeometry], counts: Sequence[int | None]) -> int:
+    """Fewest crossbars that could hold the programmed cells, whatever the placement.
+
+    With one crossbar type: programmed cells over cells per crossbar, rounded up. With several: an integer program in
+    which every node's cells may be split freely over the types.
+
+    Raises:
+        DoesNotFitError: Several types together have fewer cells than the weights.
+    """
+    if len(shapes) == 1:
+        cells = sum(matrix.cells(shapes[0].encoding) for matrix in matrices)
+        return math.ceil(cells / shapes[0].cells) * shapes[0].encoding.arrays_per_placement
+    return _mixed_lower_bound(matrices, shapes, counts)
+
+
+def _mixed_lower_bound(
+    matrices: Sequence[Matrix], shapes: Sequence[ArrayGeometry], counts: Sequence[int | None]
+) -> int:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    nodes, types = len(matrices), len(shapes)
+    # Variables: slots n[t], then the share x[node, t] of every node on every type.
+    cost = np.concatenate([[s.encoding.arrays_per_placement for s in shapes], np.zeros(nodes * types)])
+    upper = np.concatenate(
+        [
+            [
+                np.inf if c is None else c // s.encoding.arrays_per_placement
+                for c, s in zip(counts, shapes, strict=True)
+            ],
+            np.ones(nodes * types),
+        ]
+    )
+    capacity = np.zeros((types, types + nodes * types))
+    whole = np.zeros((nodes, types + nodes * types))
+    for t, shape in enumerate(shapes):
+        capacity[t, t] = 1
+        for n, matrix in enumerate(matrices):
+            capacity[t, types + n * types + t] = -matrix.cells(shape.encoding) / shape.cells
+            whole[n, types + n * types + t] = 1
+    result = milp(
+        cost,
+        integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
+        bounds=Bounds(np.zeros_like(upper), upper),
+        constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise DoesNotFitError("the weights have more cells than the chip; use fewer bits or a larger chip")
+    # The solver's own bound, not its solution: only that one is never too high.
+    return math.ceil(result.mip_dual_bound - 1e-6)
