@@ -1,0 +1,134 @@
+"""Widths that fit a budget: an integer program on additive sensitivities, and the repair of any candidate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raqu_onnx.search.problem import Problem
+
+__all__ = ["cheapest_loss", "fit_to_budget", "solve_integer_program"]
+
+
+def cheapest_loss(
+    loss: NDArray[np.float64], cost: NDArray[np.float64], widths: range, budget: float
+) -> tuple[int, ...] | None:
+    """Widths with the least sum of losses whose costs stay within a budget: a multiple-choice knapsack.
+
+    Args:
+        loss: Loss of each node at each width, shape (nodes, widths.stop).
+        cost: Cost of each node at each width, same shape; infinite where a width is impossible.
+        widths: Widths that may be chosen.
+        budget: Largest total cost.
+
+    Returns:
+        One width per node, or None when no choice fits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, kron
+
+    nodes, choices = len(loss), len(widths)
+    flat_loss, flat_cost = loss[:, widths].reshape(-1), cost[:, widths].reshape(-1)
+    possible = np.isfinite(flat_cost)
+    scale = max(float(np.abs(flat_loss).max()), 1e-30)
+    unit = max(float(flat_cost[possible].max()), 1e-30)
+    one_each = csr_array(kron(np.eye(nodes), np.ones((1, choices))))
+    result = milp(
+        flat_loss / scale,
+        integrality=np.ones(nodes * choices, np.int64),
+        bounds=Bounds(0, possible.astype(float)),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.where(possible, flat_cost, 0.0)[None, :] / unit, -np.inf, budget / unit),
+        ],
+        options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
+    )
+    if result.x is None:
+        return None
+    return tuple(int(widths[int(i)]) for i in result.x.reshape(nodes, choices).argmax(1))
+
+
+def solve_integer_program(problem: Problem, loss: NDArray[np.float64], crossbars: int) -> tuple[int, ...] | None:
+    """Weight widths of least additive loss that really fit a number of crossbars.
+
+    The program counts cells (crossbars where each serves one node); where packing cannot use every cell, its budget
+    shrinks until the placement fits.
+
+    Args:
+        problem: Costs.
+        loss: Additive loss of each node at each width, shape (nodes, widths).
+        crossbars: The budget.
+    """
+    low, high = problem.settings.weight_bits
+    widths = range(low, high + 1)
+    budget = _linear_budget(problem, crossbars)
+    for _ in range(12):
+        weights = cheapest_loss(loss, problem.cell_cost, widths, budget)
+        if weights is None:
+            return None
+        count = problem.crossbars(weights)
+        if count is not None and count <= crossbars:
+            return weights
+        budget = min(budget, problem.cost(weights)) * 0.985 - 1e-9
+    return None
+
+
+def _linear_budget(problem: Problem, crossbars: int) -> float:
+    if problem.chip.sharing == "exclusive":
+        return float(crossbars)
+    return float(crossbars) * max(kind.rows * kind.cols for kind in problem.chip.crossbars)
+
+
+def fit_to_budget(
+    problem: Problem, weights: tuple[int, ...], loss: NDArray[np.float64], crossbars: int
+) -> tuple[int, ...] | None:
+    """Bring any candidate into the budget, then use what is left of it.
+
+    Bits are taken where the additive loss grows least per cost saved, and given where it falls most per cost added.
+
+    Returns:
+        Weight widths that fit, or None when even the smallest do not.
+    """
+    current = list(weights)
+    while not _fits(problem, current, crossbars):
+        step = _best_step(problem, current, loss, -1)
+        if step is None:
+            return None
+        current[step] -= 1
+    blocked: set[int] = set()
+    while (step := _best_step(problem, current, loss, 1, blocked)) is not None:
+        current[step] += 1
+        if not _fits(problem, current, crossbars):
+            current[step] -= 1
+            blocked.add(step)
+    return tuple(current)
+
+
+def _fits(problem: Problem, weights: list[int], crossbars: int) -> bool:
+    count = problem.crossbars(tuple(weights))
+    return count is not None and count <= crossbars
+
+
+def _best_step(
+    problem: Problem, weights: list[int], loss: NDArray[np.float64], direction: int, blocked: set[int] | None = None
+) -> int | None:
+    """The node whose width should change by one, None when none can."""
+    low, high = problem.settings.weight_bits
+    best: tuple[float, int] | None = None
+    for node, width in enumerate(weights):
+        other = width + direction
+        if not low <= other <= high or (blocked and node in blocked) or not np.isfinite(problem.cell_cost[node, other]):
+            continue
+        gain = loss[node, width] - loss[node, other]
+        change = abs(problem.cell_cost[node, other] - problem.cell_cost[node, width])
+        if direction > 0 and gain <= 0:
+            continue
+        # Both directions want the largest gain per cost; a step that costs nothing comes first.
+        rate = gain / change if change > 0 else np.inf * np.sign(gain or 1.0)
+        if best is None or rate > best[0]:
+            best = (rate, node)
+    return None if best is None else best[1]

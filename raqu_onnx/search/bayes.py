@@ -1,0 +1,160 @@
+"""Bayesian search in a trust region around what the integer program found.
+
+The surrogate is scikit-optimize's extra-trees regressor, asked and told one candidate at a time. Its space is the
+incumbent's widths plus and minus a radius that grows after successes and shrinks after failures (TuRBO, Eriksson et
+al., NeurIPS 2019, section 2). Candidates are brought into the budget before they are judged, never penalised.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raqu_onnx.search.allocation import fit_to_budget
+from raqu_onnx.search.result import Bits
+
+if TYPE_CHECKING:
+    from raqu_onnx.search.problem import Problem
+    from raqu_onnx.search.result import Evaluation
+    from raqu_onnx.search.sensitivity import Sensitivity
+
+__all__ = ["TrustRegion"]
+
+_FAILURES_TO_SHRINK = 4
+_LARGEST_RADIUS = 3
+_TRIES = 8
+
+
+@dataclass
+class TrustRegion:
+    """Proposes candidates around the best one known inside a budget of crossbars.
+
+    Attributes:
+        problem: Costs and scores.
+        sensitivity: Additive losses, which guide the repair.
+        crossbars: The budget.
+        incumbent: Best candidate so far.
+    """
+
+    problem: Problem
+    sensitivity: Sensitivity
+    crossbars: int
+    incumbent: Evaluation
+    _radius: int = 1
+    _failures: int = 0
+    _optimizer: Any = None
+    _bounds: list[tuple[int, int]] = field(default_factory=list)
+    _asked: set[Bits] = field(default_factory=set)
+    _restarts: int = 0
+
+    def step(self) -> Evaluation | None:
+        """Judge one new candidate; None when no new one can be found near the incumbent."""
+        if self._optimizer is None:
+            self._rebuild()
+        candidate = self._ask()
+        if candidate is None:
+            return None
+        found = self.problem.evaluate(candidate, "bayesian search")
+        if found.score.loss < self.incumbent.score.loss:
+            self.incumbent = found
+            self._failures = 0
+            self._radius = min(self._radius + 1, _LARGEST_RADIUS)
+            self._rebuild()
+        else:
+            self._tell(found)
+            self._failures += 1
+            if self._failures >= _FAILURES_TO_SHRINK:
+                self._failures = 0
+                self._radius = max(1, self._radius - 1)
+                self._rebuild()
+        return found
+
+    def _vector(self, bits: Bits) -> list[int]:
+        return [*bits.weights, *(bits.activations or () if self._searches_activations else ())]
+
+    @property
+    def _searches_activations(self) -> bool:
+        widths = self.problem.settings.activation_bits
+        return widths is not None and widths[0] < widths[1]
+
+    def _bits(self, vector: list[int]) -> Bits:
+        nodes = len(self.problem.nodes)
+        weights = tuple(int(v) for v in vector[:nodes])
+        activations = tuple(int(v) for v in vector[nodes:]) if self._searches_activations else None
+        return Bits(weights, activations or self.incumbent.bits.activations)
+
+    def _limits(self) -> list[tuple[int, int]]:
+        settings = self.problem.settings
+        nodes = len(self.problem.nodes)
+        limits = [settings.weight_bits] * nodes
+        if self._searches_activations and settings.activation_bits is not None:
+            limits = limits + [settings.activation_bits] * nodes
+        return limits
+
+    def _rebuild(self) -> None:
+        """A fresh surrogate around the incumbent, told everything that was judged inside its space."""
+        from skopt import Optimizer
+        from skopt.learning import ExtraTreesRegressor
+
+        centre = self._vector(self.incumbent.bits)
+        self._bounds = [
+            (max(low, value - self._radius), min(high, value + self._radius))
+            for value, (low, high) in zip(centre, self._limits(), strict=True)
+        ]
+        seed = (self.problem.settings.seed + 7919 * self._restarts) % 2**31
+        self._restarts += 1
+        with warnings.catch_warnings():
+            # Dimensions in which a width is already at both of its limits have one value only; skopt warns of it.
+            warnings.simplefilter("ignore")
+            self._optimizer = Optimizer(
+                # A width that cannot move still needs two values for skopt; the repair puts it back.
+                [(low, high if high > low else low + 1) for low, high in self._bounds],
+                base_estimator=ExtraTreesRegressor(n_estimators=60, min_samples_leaf=2, random_state=seed, n_jobs=1),
+                acq_func="EI",
+                acq_optimizer="sampling",
+                acq_optimizer_kwargs={"n_points": 500, "n_jobs": 1},
+                n_initial_points=1,
+                random_state=seed,
+            )
+        for evaluation in self.problem.evaluations:
+            self._tell(evaluation, fit=False)
+        self._tell(self.incumbent)
+
+    def _tell(self, evaluation: Evaluation, *, fit: bool = True) -> None:
+        vector = self._vector(evaluation.bits)
+        if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._optimizer.tell(vector, evaluation.score.loss, fit=fit)
+
+    def _ask(self) -> Bits | None:
+        """A candidate inside the budget that has not been judged."""
+        generator = np.random.default_rng([self.problem.settings.seed, len(self.problem.evaluations), self._restarts])
+        for attempt in range(_TRIES):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                vector = [int(v) for v in self._optimizer.ask()] if attempt == 0 else self._mutate(generator)
+            vector = [int(np.clip(v, *bounds)) for v, bounds in zip(vector, self._bounds, strict=True)]
+            bits = self._repaired(self._bits(vector))
+            if bits is not None and bits not in self._asked and not self._is_known(bits):
+                self._asked.add(bits)
+                return bits
+        return None
+
+    def _mutate(self, generator: np.random.Generator) -> list[int]:
+        """The incumbent with a few widths moved: what remains when the surrogate repeats itself."""
+        vector = np.array(self._vector(self.incumbent.bits))
+        moved = generator.choice(len(vector), size=min(len(vector), int(generator.integers(2, 5))), replace=False)
+        vector[moved] += generator.choice([-1, 1], size=len(moved))
+        return [int(v) for v in vector]
+
+    def _repaired(self, bits: Bits) -> Bits | None:
+        weights = fit_to_budget(self.problem, bits.weights, self.sensitivity.weights, self.crossbars)
+        return None if weights is None else Bits(weights, bits.activations)
+
+    def _is_known(self, bits: Bits) -> bool:
+        return any(bits == evaluation.bits for evaluation in self.problem.evaluations)

@@ -1,0 +1,240 @@
+"""The search from start to end: baselines, sensitivity, integer program, Bayesian stage, choice."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from raqu_onnx.placement import DoesNotFitError
+from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
+from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.result import (
+    Bits,
+    Evaluation,
+    Goal,
+    SearchResult,
+    UniformBaseline,
+    pareto_front,
+    points_below,
+)
+from raqu_onnx.search.sensitivity import Sensitivity, measure_sensitivity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raqu_onnx.evaluation import Score
+    from raqu_onnx.search.problem import Problem
+
+__all__ = ["search"]
+
+logger = logging.getLogger(__name__)
+
+
+def search(problem: Problem, goal: Goal) -> SearchResult:
+    """Find widths that serve a goal.
+
+    Raises:
+        DoesNotFitError: Even the smallest widths do not fit the chip or the crossbars allowed.
+    """
+    baselines, uniform = _uniform_baselines(problem)
+    if problem.settings.is_uniform:
+        chosen = problem.evaluate(Bits.uniform(len(problem.nodes), *problem.settings.widest), "uniform")
+    else:
+        _require_room(problem, goal)
+        sensitivity = measure_sensitivity(problem)
+        if goal.max_crossbars is not None:
+            chosen = _best_within(problem, sensitivity, goal.max_crossbars)
+        else:
+            chosen = _fewest_crossbars(problem, sensitivity, goal.max_accuracy_drop or 0.0)
+        chosen = _narrow_activations(problem, sensitivity, goal, chosen)
+    return SearchResult(
+        goal=goal,
+        chosen=chosen,
+        goal_met=_meets(problem, goal, chosen.score, chosen.crossbars),
+        reference=problem.reference,
+        baselines=tuple(baselines),
+        best_uniform=_best_uniform(problem, goal, baselines),
+        front=pareto_front([*problem.evaluations, *uniform]),
+        evaluations=tuple(problem.evaluations),
+        nodes=problem.names,
+    )
+
+
+def _uniform_baselines(problem: Problem) -> tuple[list[UniformBaseline], list[Evaluation]]:
+    """Every uniform width from 8 down to the smallest one allowed, and those that fit as candidates."""
+    activation = problem.settings.widest[1]
+    nodes = len(problem.nodes)
+    lowest = min(problem.settings.weight_bits[0], 8)
+    baselines, candidates = [], []
+    for step, width in enumerate(range(8, lowest - 1, -1)):
+        problem.progress("judging uniform widths", step, 9 - lowest)
+        bits = Bits.uniform(nodes, width, activation)
+        packed = problem.crossbars(bits.weights)
+        if packed is not None and _in_range(problem, width):
+            candidates.append(problem.evaluate(bits, f"uniform {width} bits"))
+        baselines.append(
+            UniformBaseline(
+                weight_bits=width,
+                activation_bits=activation,
+                exclusive_crossbars=problem.exclusive_crossbars(bits.weights),
+                packed_crossbars=problem.packed_crossbars(bits.weights),
+                score=problem.score(bits),
+            )
+        )
+    problem.progress("judging uniform widths", 9 - lowest, 9 - lowest)
+    return baselines, candidates
+
+
+def _in_range(problem: Problem, width: int) -> bool:
+    low, high = problem.settings.weight_bits
+    return low <= width <= high
+
+
+def _require_room(problem: Problem, goal: Goal) -> None:
+    smallest = (problem.settings.weight_bits[0],) * len(problem.nodes)
+    need = problem.crossbars(smallest)
+    if need is None:
+        raise DoesNotFitError(
+            f"chip {problem.chip.name} cannot hold the model even at {smallest[0]} bits per weight, which takes "
+            f"{problem.packed_crossbars(smallest)} crossbars; use a larger chip"
+        )
+    if goal.max_crossbars is not None and need > goal.max_crossbars:
+        raise DoesNotFitError(
+            f"{goal.max_crossbars} crossbars are too few: the smallest width, {smallest[0]} bits, takes {need}; "
+            "raise the number of crossbars allowed or lower the smallest width"
+        )
+
+
+def _meets(problem: Problem, goal: Goal, score: Score, crossbars: int) -> bool:
+    if goal.max_crossbars is not None and crossbars > goal.max_crossbars:
+        return False
+    return goal.max_accuracy_drop is None or points_below(problem.reference, score) <= goal.max_accuracy_drop + 1e-9
+
+
+def _best_uniform(problem: Problem, goal: Goal, baselines: Sequence[UniformBaseline]) -> UniformBaseline | None:
+    """The uniform width that serves the goal best: least loss in the budget, else fewest crossbars in the drop."""
+    if goal.max_crossbars is not None:
+        fitting = [b for b in baselines if b.packed_crossbars <= goal.max_crossbars]
+        return min(fitting, key=lambda b: b.score.loss, default=None)
+    fitting = [b for b in baselines if _meets(problem, goal, b.score, 0)]
+    return min(fitting, key=lambda b: (b.packed_crossbars, b.score.loss), default=None)
+
+
+def _start(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> Evaluation | None:
+    """The integer program's answer for a budget, filled up, judged."""
+    weights = solve_integer_program(problem, sensitivity.weights, crossbars)
+    if weights is None:
+        lowest = (problem.settings.weight_bits[0],) * len(problem.nodes)
+        weights = fit_to_budget(problem, lowest, sensitivity.weights, crossbars)
+    else:
+        weights = fit_to_budget(problem, weights, sensitivity.weights, crossbars)
+    if weights is None:
+        return None
+    activation = problem.settings.widest[1]
+    activations = None if activation is None else (activation,) * len(weights)
+    return problem.evaluate(Bits(weights, activations), "integer program")
+
+
+def _best_within(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> Evaluation:
+    start = _start(problem, sensitivity, crossbars)
+    known = [e for e in problem.evaluations if e.crossbars <= crossbars]
+    if start is None and not known:
+        raise DoesNotFitError(f"no candidate fits {crossbars} crossbars; allow more")
+    region = TrustRegion(problem, sensitivity, crossbars, min(known, key=lambda e: e.score.loss))
+    for done in range(problem.settings.evaluations):
+        problem.progress("Bayesian search", done, problem.settings.evaluations)
+        if region.step() is None:
+            break
+    problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
+    return region.incumbent
+
+
+def _fewest_crossbars(problem: Problem, sensitivity: Sensitivity, allowed: float) -> Evaluation:
+    """Bisect over budgets with the integer program, then let the Bayesian stage push one crossbar further at a time."""
+    goal = Goal(None, allowed)
+    low = problem.crossbars((problem.settings.weight_bits[0],) * len(problem.nodes)) or 1
+    high = max(e.crossbars for e in problem.evaluations)
+    best = min(
+        (e for e in problem.evaluations if _meets(problem, goal, e.score, 0)),
+        key=lambda e: (e.crossbars, e.score.loss),
+        default=None,
+    )
+    if best is None:
+        # Nothing meets the target: the answer is whatever loses least on the whole chip.
+        return _best_within(problem, sensitivity, high)
+    high = best.crossbars
+    while low < high:
+        middle = (low + high) // 2
+        problem.progress(f"integer program, {middle} crossbars", 0, 1)
+        found = _start(problem, sensitivity, middle)
+        if found is not None and _meets(problem, goal, found.score, 0):
+            best = min(best, found, key=lambda e: (e.crossbars, e.score.loss))
+            high = min(middle, found.crossbars)
+        else:
+            low = middle + 1
+    return _push_further(problem, sensitivity, goal, best)
+
+
+def _push_further(problem: Problem, sensitivity: Sensitivity, goal: Goal, best: Evaluation) -> Evaluation:
+    """Spend the evaluations on budgets below the best one; a budget that is met makes way for a smaller one."""
+    left = problem.settings.evaluations
+    while left > 0:
+        budget = best.crossbars - max(1, best.crossbars // 50)
+        known = [e for e in problem.evaluations if e.crossbars <= budget]
+        start = _start(problem, sensitivity, budget) if budget > 0 else None
+        if start is None:
+            break
+        region = TrustRegion(problem, sensitivity, budget, min([*known, start], key=lambda e: e.score.loss))
+        while left > 0 and not _meets(problem, goal, region.incumbent.score, 0):
+            problem.progress("Bayesian search", problem.settings.evaluations - left, problem.settings.evaluations)
+            left -= 1
+            if region.step() is None:
+                left = 0
+        if not _meets(problem, goal, region.incumbent.score, 0):
+            break
+        best = region.incumbent
+    problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
+    return best
+
+
+def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, chosen: Evaluation) -> Evaluation:
+    """Take activation bits, which cost cycles but no crossbars, while the goal holds and the loss allows it.
+
+    Bits go in order of the loss they carry; halves of what is left are tried at once, as in a binary search.
+    """
+    widths = problem.settings.activation_bits
+    if widths is None or widths[0] == widths[1] or chosen.bits.activations is None or sensitivity.activations is None:
+        return chosen
+    allowed = (
+        goal.max_accuracy_drop if goal.max_accuracy_drop is not None else points_below(problem.reference, chosen.score)
+    )
+    best = chosen
+    steps = _activation_steps(problem, sensitivity, chosen.bits.activations, widths[0])
+    taken, reach = 0, len(steps)
+    while taken < reach:
+        middle = (taken + reach + 1) // 2
+        problem.progress("narrowing activations", taken, len(steps))
+        trial = problem.evaluate(Bits(chosen.bits.weights, steps[middle - 1]), "narrower activations")
+        if points_below(problem.reference, trial.score) <= allowed + 1e-9:
+            best, taken = trial, middle
+        else:
+            reach = middle - 1
+    problem.progress("narrowing activations", len(steps), len(steps))
+    return best
+
+
+def _activation_steps(
+    problem: Problem, sensitivity: Sensitivity, start: tuple[int, ...], lowest: int
+) -> list[tuple[int, ...]]:
+    """Ever narrower activation widths: each step takes the bit whose loss per MVM saved is least."""
+    table = sensitivity.activations
+    if table is None:
+        return []
+    mvms = [float(node.mvms or 1) for node in problem.nodes]
+    current, steps = list(start), []
+    while any(width > lowest for width in current):
+        movable = [i for i, width in enumerate(current) if width > lowest]
+        best = min(movable, key=lambda i: (float(table[i, current[i] - 1] - table[i, current[i]]) / mvms[i], i))
+        current[best] -= 1
+        steps.append(tuple(current))
+    return steps

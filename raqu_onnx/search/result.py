@@ -1,0 +1,162 @@
+"""What a search is asked for and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from raqu_onnx.evaluation import Score
+
+__all__ = ["Bits", "Evaluation", "Goal", "SearchResult", "SearchSettings", "UniformBaseline", "pareto_front"]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Widths of all mapped nodes, in graph order.
+
+    Attributes:
+        weights: Weight bits per node.
+        activations: Bits of each node's input, None where inputs stay float.
+    """
+
+    weights: tuple[int, ...]
+    activations: tuple[int, ...] | None
+
+    @classmethod
+    def uniform(cls, nodes: int, weight: int, activation: int | None) -> Bits:
+        """The same widths everywhere."""
+        return cls((weight,) * nodes, None if activation is None else (activation,) * nodes)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the result must satisfy.
+
+    With `max_crossbars` the loss is minimized inside that many crossbars; else the crossbars are minimized inside
+    the allowed drop.
+
+    Attributes:
+        max_crossbars: Most crossbars that may be used.
+        max_accuracy_drop: Most points (hundredths) of accuracy below float, or of agreement with float without labels.
+    """
+
+    max_crossbars: int | None = None
+    max_accuracy_drop: float | None = 0.5
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a search is run.
+
+    Attributes:
+        weight_bits: Smallest and largest weight width.
+        activation_bits: Smallest and largest activation width, None to leave activations float.
+        evaluations: Candidates that the Bayesian stage may judge on the whole selection set.
+        sensitivity_samples: Samples on which the effect of each node alone is measured.
+        batch_size: Samples per run.
+        seed: Seed of everything random.
+        threads: Threads for onnxruntime, None for all.
+    """
+
+    weight_bits: tuple[int, int] = (2, 8)
+    activation_bits: tuple[int, int] | None = (8, 8)
+    evaluations: int = 32
+    sensitivity_samples: int = 256
+    batch_size: int = 128
+    seed: int = 0
+    threads: int | None = None
+
+    @property
+    def widest(self) -> tuple[int, int | None]:
+        """Largest weight and activation width."""
+        return self.weight_bits[1], None if self.activation_bits is None else self.activation_bits[1]
+
+    @property
+    def is_uniform(self) -> bool:
+        """There is nothing to search."""
+        fixed = self.activation_bits is None or self.activation_bits[0] == self.activation_bits[1]
+        return fixed and self.weight_bits[0] == self.weight_bits[1]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One candidate, judged on the whole selection set.
+
+    Attributes:
+        bits: Its widths.
+        crossbars: Crossbars that it takes, packed as the chip allows.
+        score: Its score.
+        origin: What proposed it.
+    """
+
+    bits: Bits
+    crossbars: int
+    score: Score
+    origin: str
+
+
+@dataclass(frozen=True)
+class UniformBaseline:
+    """One width for the whole model.
+
+    Attributes:
+        weight_bits: The width.
+        activation_bits: Width of activations, None for float.
+        exclusive_crossbars: Crossbars with one node in each.
+        packed_crossbars: Crossbars packed as the chip allows.
+        score: Score on the selection set.
+    """
+
+    weight_bits: int
+    activation_bits: int | None
+    exclusive_crossbars: int
+    packed_crossbars: int
+    score: Score
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Everything that a search found.
+
+    Attributes:
+        goal: What was asked for.
+        chosen: The answer.
+        goal_met: Whether it satisfies the goal on the selection set.
+        reference: Score of the float model on the selection set.
+        baselines: Uniform widths, by falling width.
+        best_uniform: The uniform width that serves the same goal best, None when none satisfies it.
+        front: Evaluations that no other beats in both crossbars and loss, by rising crossbars.
+        evaluations: All of them in the order in which they were made.
+        nodes: Names of the mapped nodes, in the order of `Bits`.
+    """
+
+    goal: Goal
+    chosen: Evaluation
+    goal_met: bool
+    reference: Score
+    baselines: tuple[UniformBaseline, ...]
+    best_uniform: UniformBaseline | None
+    front: tuple[Evaluation, ...]
+    evaluations: tuple[Evaluation, ...]
+    nodes: tuple[str, ...]
+
+    def drop(self, score: Score) -> float:
+        """Points below float on the selection set."""
+        return points_below(self.reference, score)
+
+
+def points_below(reference: Score, score: Score) -> float:
+    """Hundredths of quality that a score lies below the float model's."""
+    return 100 * (reference.quality - score.quality)
+
+
+def pareto_front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """Evaluations that no other beats in both crossbars and loss, by rising crossbars."""
+    front: list[Evaluation] = []
+    for item in sorted(evaluations, key=lambda e: (e.crossbars, e.score.loss)):
+        if not front or item.score.loss < front[-1].score.loss:
+            front.append(item)
+    return tuple(front)

@@ -1,0 +1,67 @@
+"""How much each node alone loses at each width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.search.result import Bits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raqu_onnx.search.problem import Problem
+
+__all__ = ["Sensitivity", "measure_sensitivity"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Loss that each node adds at each width, all others at the widest.
+
+    Attributes:
+        weights: Shape (nodes, widest + 1); entries below the smallest width are 0.
+        activations: Likewise, None where activations stay float.
+    """
+
+    weights: NDArray[np.float64]
+    activations: NDArray[np.float64] | None
+
+
+def measure_sensitivity(problem: Problem) -> Sensitivity:
+    """Fill the table with forward passes: one per node and width.
+
+    Noise can make a narrower width look better than a wider one; losses are made to fall with the width.
+    """
+    settings = problem.settings
+    nodes = len(problem.nodes)
+    weight, activation = settings.widest
+    widest = Bits.uniform(nodes, weight, activation)
+    jobs = [(node, bits, True) for node in range(nodes) for bits in range(settings.weight_bits[0], weight)]
+    if settings.activation_bits is not None and activation is not None:
+        jobs += [(node, b, False) for node in range(nodes) for b in range(settings.activation_bits[0], activation)]
+    weights = np.zeros((nodes, weight + 1))
+    activations = None if activation is None else np.zeros((nodes, activation + 1))
+    base = problem.quick_fidelity(widest)
+    for done, (node, bits, is_weight) in enumerate(jobs):
+        problem.progress("measuring sensitivity", done, len(jobs))
+        if is_weight:
+            trial = Bits(_changed(widest.weights, node, bits), widest.activations)
+            weights[node, bits] = problem.quick_fidelity(trial) - base
+        elif activations is not None and widest.activations is not None:
+            trial = Bits(widest.weights, _changed(widest.activations, node, bits))
+            activations[node, bits] = problem.quick_fidelity(trial) - base
+    problem.progress("measuring sensitivity", len(jobs), len(jobs))
+    return Sensitivity(_falling(weights), None if activations is None else _falling(activations))
+
+
+def _changed(widths: tuple[int, ...], node: int, bits: int) -> tuple[int, ...]:
+    return (*widths[:node], bits, *widths[node + 1 :])
+
+
+def _falling(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each entry at least as large as every entry to its right, and none below 0."""
+    flipped = np.maximum(table, 0.0)[:, ::-1]
+    return np.maximum.accumulate(flipped, axis=1)[:, ::-1].copy()

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raqu_onnx.evaluation import Score
+from raqu_onnx.placement import DoesNotFitError
+from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
+from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program
+from raqu_onnx.search.sensitivity import measure_sensitivity
+
+CELLS_PER_CROSSBAR = 64
+
+
+class FakeProblem:
+    """A chip whose crossbars are filled cell by cell, and a loss with an interaction that no additive table sees."""
+
+    def __init__(self, sizes: list[int], sensitivities: list[float], **options: Any) -> None:
+        self.settings = SearchSettings(**options)
+        self.nodes = [SimpleNamespace(name=f"n{i}", mvms=1) for i in range(len(sizes))]
+        self.names = tuple(node.name for node in self.nodes)
+        self.chip = SimpleNamespace(name="fake", sharing="time", crossbars=(SimpleNamespace(rows=8, cols=8),))
+        self.sizes = sizes
+        self.sensitivities = sensitivities
+        self.reference = Score(1000, top1=1.0, agreement=1.0, kl=0.0)
+        self.evaluations: list[Evaluation] = []
+        self.scored: list[Bits] = []
+        high = self.settings.weight_bits[1]
+        self.cell_cost = np.full((len(sizes), high + 1), np.inf)
+        for node, size in enumerate(sizes):
+            for bits in range(self.settings.weight_bits[0], high + 1):
+                self.cell_cost[node, bits] = size * -(-bits // 2)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        assert what
+        assert 0 <= done <= total
+
+    def cost(self, weights: tuple[int, ...]) -> float:
+        return float(sum(self.cell_cost[i, b] for i, b in enumerate(weights)))
+
+    def crossbars(self, weights: tuple[int, ...], sharing: str | None = None) -> int | None:
+        cells = sum(size * -(-bits // 2) for size, bits in zip(self.sizes, weights, strict=True))
+        return -(-cells // CELLS_PER_CROSSBAR)
+
+    def packed_crossbars(self, weights: tuple[int, ...]) -> int:
+        return self.crossbars(weights) or 0
+
+    def exclusive_crossbars(self, weights: tuple[int, ...]) -> int:
+        return sum(
+            -(-size * -(-bits // 2) // CELLS_PER_CROSSBAR) for size, bits in zip(self.sizes, weights, strict=True)
+        )
+
+    def loss(self, bits: Bits) -> float:
+        single = sum(s * 4.0 ** -w for s, w in zip(self.sensitivities, bits.weights, strict=True))
+        neighbours = sum(
+            2.0 ** -(a + b) for a, b in itertools.pairwise(bits.weights)
+        )  # two narrow neighbours hurt more than the sum of both
+        inputs = sum(4.0 ** -a for a in bits.activations or ())
+        return single + 0.2 * neighbours + 0.05 * inputs
+
+    def score(self, bits: Bits) -> Score:
+        loss = self.loss(bits)
+        return Score(1000, top1=max(0.0, 1 - loss / 4), agreement=1 - loss / 4, kl=loss)
+
+    def quick_fidelity(self, bits: Bits) -> float:
+        return self.loss(bits)
+
+    def evaluate(self, bits: Bits, origin: str) -> Evaluation:
+        found = Evaluation(bits, self.crossbars(bits.weights) or 0, self.score(bits), origin)
+        if bits not in self.scored:
+            self.scored.append(bits)
+            self.evaluations.append(found)
+        return found
+
+
+def problem(**options: Any) -> FakeProblem:
+    return FakeProblem([40, 200, 90, 300, 16, 120], [3.0, 0.2, 1.0, 0.1, 4.0, 0.5], **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_integer_program_is_exact(data: st.DataObject) -> None:
+    nodes = data.draw(st.integers(1, 4))
+    widths = range(2, data.draw(st.integers(3, 5)) + 1)
+    numbers = st.floats(0, 10, allow_nan=False, width=32)
+    loss = np.array([[data.draw(numbers) for _ in range(widths.stop)] for _ in range(nodes)])
+    cost = np.array([[data.draw(st.integers(1, 20)) for _ in range(widths.stop)] for _ in range(nodes)], float)
+    budget = float(data.draw(st.integers(1, 40)))
+    found = cheapest_loss(loss, cost, widths, budget)
+    rows = np.arange(nodes)
+    fitting = [c for c in itertools.product(widths, repeat=nodes) if cost[rows, list(c)].sum() <= budget]
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None
+    assert cost[rows, list(found)].sum() <= budget + 1e-6
+    best = min(loss[rows, list(c)].sum() for c in fitting)
+    assert loss[rows, list(found)].sum() == pytest.approx(best, rel=1e-4, abs=1e-5)
+
+
+def test_an_impossible_width_is_never_chosen() -> None:
+    loss = np.array([[0, 0, 5.0, 1.0]])
+    cost = np.array([[np.inf, np.inf, 3.0, np.inf]])
+    assert cheapest_loss(loss, cost, range(2, 4), 10.0) == (2,)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(2, 8), min_size=6, max_size=6), st.integers(13, 50))
+def test_repair_fits_the_budget_and_leaves_no_room(widths: list[int], crossbars: int) -> None:
+    fake = problem()
+    loss = np.array([[s * 4.0**-b for b in range(9)] for s in fake.sensitivities])
+    found = fit_to_budget(fake, tuple(widths), loss, crossbars)  # type: ignore[arg-type]
+    if found is None:
+        assert (fake.crossbars((2,) * 6) or 0) > crossbars
+        return
+    assert (fake.crossbars(found) or 0) <= crossbars
+    for node in range(6):
+        wider = (*found[:node], found[node] + 1, *found[node + 1 :])
+        assert found[node] == 8 or (fake.crossbars(wider) or 0) > crossbars
+
+
+def test_the_integer_program_fits_real_crossbars() -> None:
+    fake = problem()
+    table = measure_sensitivity(fake).weights  # type: ignore[arg-type]
+    for crossbars in (13, 20, 30):
+        found = solve_integer_program(fake, table, crossbars)  # type: ignore[arg-type]
+        assert found is not None
+        assert (fake.crossbars(found) or 99) <= crossbars
+
+
+def test_sensitivity_falls_with_the_width() -> None:
+    fake = problem(activation_bits=(4, 8))
+    table = measure_sensitivity(fake)  # type: ignore[arg-type]
+    assert (np.diff(table.weights[:, 2:], axis=1) <= 0).all()
+    assert table.activations is not None
+    assert (table.activations[:, 8] == 0).all()
+    assert (table.activations[:, 4] > 0).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_search_within_crossbars_beats_the_integer_program(seed: int) -> None:
+    fake = problem(evaluations=25, seed=seed)
+    result = search(fake, Goal(max_crossbars=16, max_accuracy_drop=None))  # type: ignore[arg-type]
+    assert result.chosen.crossbars <= 16
+    assert result.goal_met
+    program = [e for e in fake.evaluations if e.origin == "integer program"]
+    assert result.chosen.score.loss <= min(e.score.loss for e in program)
+    assert result.best_uniform is not None
+    assert result.chosen.score.loss < result.best_uniform.score.loss
+
+
+def test_no_candidate_is_judged_twice_and_all_fit() -> None:
+    fake = problem(evaluations=30)
+    result = search(fake, Goal(max_crossbars=20, max_accuracy_drop=None))  # type: ignore[arg-type]
+    assert len(set(fake.scored)) == len(fake.scored) == len(result.evaluations)
+    assert all(e.crossbars <= 20 for e in result.evaluations if e.origin == "bayesian search")
+    assert sum(e.origin == "bayesian search" for e in result.evaluations) <= 30
+
+
+def test_the_same_seed_gives_the_same_search() -> None:
+    goal = Goal(max_crossbars=18, max_accuracy_drop=None)
+    runs = [search(problem(evaluations=12, seed=5), goal) for _ in range(2)]  # type: ignore[arg-type]
+    assert runs[0].evaluations == runs[1].evaluations
+
+
+def test_fewest_crossbars_within_an_allowed_drop() -> None:
+    fake = problem(evaluations=20)
+    goal = Goal(None, max_accuracy_drop=0.4)
+    result = search(fake, goal)  # type: ignore[arg-type]
+    assert result.goal_met
+    assert points_below(fake.reference, result.chosen.score) <= 0.4
+    assert result.best_uniform is not None
+    assert result.chosen.crossbars < result.best_uniform.packed_crossbars
+
+
+def test_an_unreachable_drop_yields_the_best_there_is_and_says_so() -> None:
+    fake = problem(evaluations=4, weight_bits=(2, 3))
+    result = search(fake, Goal(None, max_accuracy_drop=0.0))  # type: ignore[arg-type]
+    assert not result.goal_met
+    assert result.best_uniform is None
+    assert result.chosen.score.loss == min(e.score.loss for e in fake.evaluations)
+
+
+def test_too_few_crossbars_say_how_many_are_needed() -> None:
+    need = problem().crossbars((2,) * 6)
+    with pytest.raises(DoesNotFitError, match=f"takes {need}"):
+        search(problem(), Goal(max_crossbars=3))  # type: ignore[arg-type]
+
+
+def test_activations_are_narrowed_only_while_the_goal_holds() -> None:
+    fake = problem(evaluations=4, activation_bits=(2, 8))
+    result = search(fake, Goal(None, max_accuracy_drop=0.4))  # type: ignore[arg-type]
+    assert result.goal_met
+    assert result.chosen.bits.activations is not None
+    assert min(result.chosen.bits.activations) < 8
+    narrower = Bits(result.chosen.bits.weights, tuple(max(2, a - 2) for a in result.chosen.bits.activations))
+    assert points_below(fake.reference, fake.score(narrower)) > 0.4 or min(result.chosen.bits.activations) <= 4
+
+
+def test_one_width_needs_no_search() -> None:
+    fake = problem(weight_bits=(4, 4))
+    result = search(fake, Goal(None, 50.0))  # type: ignore[arg-type]
+    assert result.chosen.bits == Bits.uniform(6, 4, 8)
+    assert len(result.evaluations) == 1
+    assert [b.weight_bits for b in result.baselines] == [8, 7, 6, 5, 4]
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    def item(crossbars: int, kl: float) -> Evaluation:
+        return Evaluation(Bits((crossbars,), None), crossbars, Score(1, kl=kl), "test")
+
+    points = [item(10, 1.0), item(8, 2.0), item(9, 3.0), item(10, 0.5), item(12, 0.5)]
+    assert [(e.crossbars, e.score.kl) for e in pareto_front(points)] == [(8, 2.0), (10, 0.5)]
