@@ -1,0 +1,256 @@
+"""The parts of a manifest, see `manifest`: typed models whose field descriptions stand in the JSON Schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from raqu_onnx.encodings import Polarity, SignedEncoding
+
+__all__ = [
+    "ActivationEntry",
+    "CellSlice",
+    "CrossbarTotal",
+    "DataProvenance",
+    "EncodingEntry",
+    "Entry",
+    "MappedOp",
+    "MatrixEntry",
+    "ModelFile",
+    "NodeEntry",
+    "PlacementEntry",
+    "Ratio",
+    "Sha256",
+    "StageEntry",
+    "Tool",
+    "Totals",
+    "UnmappedEntry",
+    "Whole",
+    "WidthEntry",
+    "WindowEntry",
+]
+
+# JSON readers that keep numbers as doubles must not lose a digit.
+Whole = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
+Signed = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
+Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Range = Annotated[tuple[Whole, Whole], Field(description="half-open range: first, last + 1")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+MappedOp = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
+Bits = Annotated[int, Field(ge=0, le=8)]
+
+
+class Entry(BaseModel):
+    """A JSON object of the manifest: frozen, without unknown keys, without conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Tool(Entry):
+    """What wrote the manifest."""
+
+    name: str
+    version: str
+    libraries: dict[str, str] = Field(description="versions of the libraries that it ran on")
+
+
+class ModelFile(Entry):
+    """The emitted ONNX model."""
+
+    file: str = Field(description="file name, beside the manifest")
+    sha256: Sha256 = Field(description="of the file's bytes, followed by those of its external data files, if any")
+    source_sha256: Sha256 | None = Field(description="of the float model that it was made from, likewise")
+
+
+class DataProvenance(Entry):
+    """A data set that was used."""
+
+    name: str
+    digest: str
+    samples: Whole
+    synthetic: bool = Field(description="generated, not real data")
+
+
+class CellSlice(Entry):
+    """One cell of a stored weight; the weight is the sum of sign * 2**shift * level over its slices, minus offset."""
+
+    column: Whole = Field(description="bitline, counted from the kernel's first")
+    row: Whole = Field(description="wordline, counted from the weight's first")
+    shift: Whole
+    sign: Literal[1, -1]
+    polarity: Polarity | None = Field(description="with arrays in pairs: the array of the pair that holds the cell")
+
+
+class WidthEntry(Entry):
+    """How weights of one bit-width are stored."""
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    columns: Positive = Field(description="bitlines that one kernel takes in each array")
+    offset: Whole = Field(description="subtracted from every weight's read-out: times sum(x) from the kernel's result")
+    codes: tuple[Signed, Signed] = Field(description="smallest and largest code, inclusive")
+    slices: tuple[CellSlice, ...] = Field(description="least significant first within a polarity")
+
+
+class EncodingEntry(Entry):
+    """How signed weights are stored in one crossbar type."""
+
+    crossbar_type: Whole = Field(description="index into chip.crossbars")
+    scheme: SignedEncoding
+    cell_bits: Positive
+    rows_per_weight: Positive = Field(
+        description="wordlines per row of the matrix: row i of a placement starts at its wordline rows_per_weight * i"
+    )
+    input_signs: tuple[Literal[1, -1], ...] = Field(
+        description="sign with which each of these wordlines is driven; a slice's own sign already contains it"
+    )
+    arrays_per_placement: Positive = Field(
+        description="2: polarities lie at the same place in two arrays, crossbar 2n (positive) and 2n + 1 (negative)"
+    )
+    unit_column: bool = Field(description="each placement ends in one bitline of ones that reads sum(x)")
+    widths: tuple[WidthEntry, ...]
+
+
+class MatrixEntry(Entry):
+    """The weight tensor read as matrices of stored rows by kernels."""
+
+    kind: Literal["conv", "conv-transpose", "in-out", "out-in"]
+    shape: tuple[Positive, ...] = Field(description="of the ONNX tensor")
+    groups: Positive = Field(description="G")
+    rows: Positive = Field(description="K, wordlines of one group's matrix")
+    kernels: Positive = Field(description="M, kernels (output channels) of one group")
+    row_order: str = Field(description="which element of the ONNX tensor (and of the input) a row is")
+    scale_axis: Whole = Field(description="axis of the ONNX tensor that bits and scales run along")
+
+
+class WindowEntry(Entry):
+    """Sliding window of a Conv or ConvTranspose, as the ONNX attributes give it; one entry per spatial axis."""
+
+    kernel: tuple[Positive, ...]
+    strides: tuple[Positive, ...]
+    dilations: tuple[Positive, ...]
+    pads: tuple[Signed, ...] = Field(description="all begins, then all ends")
+    auto_pad: str
+    transposed: bool
+    output_padding: tuple[Whole, ...]
+    output_shape: tuple[Positive, ...] | None
+
+
+class ActivationEntry(Entry):
+    """The quantized input: an unsigned code c stands for (c - zero_point) * scale.
+
+    Crossbars multiply codes, padding included (whose code is the zero point); a zero point other than 0 costs the
+    digital correction -zero_point * sum(w) per kernel.
+    """
+
+    tensor: str = Field(description="UINT8 value in the ONNX graph that holds the codes")
+    scale_name: str
+    zero_point_name: str
+    scale: Step
+    zero_point: Whole
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(description="codes reach from 0 to 2**bits - 1")
+
+
+class PlacementEntry(Entry):
+    """A rectangle of one group's matrix in one physical crossbar."""
+
+    type: Whole = Field(description="index into chip.crossbars")
+    crossbar: Whole = Field(description="number of the physical array among those of its type")
+    polarity: Polarity | None = Field(description="with arrays in pairs: which of the pair; else null")
+    group: Whole
+    rows: Range = Field(description="wordlines of the crossbar")
+    cols: Range = Field(description="bitlines of the crossbar, the unit column included")
+    weight_rows: Range = Field(description="range in the sequence of the group's stored rows")
+    columns: Range = Field(description="range in the group's columns, kernel after kernel in column order")
+    kernels: Range = Field(description="positions in column order of the kernels that these columns belong to")
+    first_slice: Whole = Field(description="column of the first kernel that the range starts at: 0 unless it is cut")
+    unit_column: Whole | None = Field(description="bitline of the crossbar whose cells are all 1")
+    replica: Whole = Field(description="each replica holds the whole matrix once")
+    partial_sum: Whole = Field(
+        description="placements of the node with the same number hold other rows of the same columns: their results "
+        "are added, without shift. Numbered by first appearance"
+    )
+    turn: Whole = Field(
+        description="blocks of the node that share rows or columns of a crossbar compute in different turns, each in "
+        "the first that no earlier block of this list stands against"
+    )
+    flipped: tuple[Whole, ...] = Field(
+        description="run lengths over the bitlines from the first on: as they are, stored as 2**cell_bits - 1 - level, "
+        "as they are, ...; what is left is as it is"
+    )
+
+
+class NodeEntry(Entry):
+    """A node that crossbars compute."""
+
+    name: str = Field(description="of the ONNX node")
+    op_type: MappedOp
+    output: str = Field(description="the node's output value")
+    weight: str = Field(description="initializer with the codes")
+    weight_scale: str = Field(description="initializer with the scales")
+    source_weight: str = Field(description="the float weight in the source model")
+    bias: str | None = Field(description="INT32 initializer in steps of activation.scale * scales, added digitally")
+    activation: ActivationEntry | None = Field(description="null: the input stays float, crossbars cannot run the node")
+    constant_left: bool = Field(description="MatMul whose constant is the first operand")
+    input_transposed: bool = Field(description="Gemm with transA")
+    matrix: MatrixEntry
+    window: WindowEntry | None = Field(description="null for Gemm and MatMul")
+    mvms: Whole | None = Field(description="matrix-vector products per group and sample; null where shapes are open")
+    bits: tuple[tuple[Bits, Positive], ...] = Field(
+        description="run lengths [bits, count] along the scale axis; 0 is a dropped kernel"
+    )
+    scales: tuple[Step, ...] = Field(description="float32 scale of each entry of the scale axis")
+    kernel_order: tuple[tuple[Range, ...], ...] | None = Field(
+        description="per group the stored kernels in column order, as ascending ranges; null: all in ascending order"
+    )
+    dropped_kernels: tuple[Range, ...] = Field(description="ranges of the scale axis with 0 bits, stored nowhere")
+    rows_not_stored: tuple[tuple[Whole, Whole, Whole], ...] = Field(
+        description="[group, first, last + 1] of rows that are stored nowhere: their codes and inputs are always 0"
+    )
+    placements: tuple[PlacementEntry, ...]
+
+
+class StageEntry(Entry):
+    """When a node computes; stages are listed in a valid order."""
+
+    node: str
+    after: tuple[str, ...] = Field(description="the nearest mapped nodes that it depends on")
+    turns: Whole = Field(description="turns that one MVM takes because blocks of the node share rows or columns")
+    shares_with: tuple[str, ...] = Field(
+        description="other nodes with blocks in the same rows or columns: never in the same cycle as this one"
+    )
+
+
+class UnmappedEntry(Entry):
+    """A node that could have been mapped and stays in float."""
+
+    name: str
+    op_type: str
+    reason: str
+
+
+class Ratio(Entry):
+    """A share, not divided."""
+
+    numerator: Whole
+    denominator: Whole
+
+
+class CrossbarTotal(Entry):
+    """Crossbars of one type."""
+
+    name: str
+    allocated: Whole = Field(description="physical arrays in use, numbered from 0")
+    count: Positive | None = Field(description="physical arrays on the chip; null: as many as needed")
+
+
+class Totals(Entry):
+    """Figures of the whole model; padding, structural zeros and unit columns never count as used."""
+
+    crossbars: tuple[CrossbarTotal, ...]
+    cell_utilization: Ratio = Field(description="programmed weight cells over cells of all allocated crossbars")
+    bit_utilization: Ratio = Field(description="weight bits over bits that all allocated crossbars can hold")
+    lower_bound: Whole = Field(description="fewest crossbars that any placement of these weights could use")
+    placements: Whole
+    dropped_kernels: Whole = Field(description="over all groups of all nodes")

@@ -1,0 +1,118 @@
+"""Rules of the figures that a manifest derives from its placements: totals, crossbar counts and stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.errors import ChipError
+from raqu_onnx.manifest_stages import clashes
+from raqu_onnx.placement import geometries, lower_bound
+from raqu_onnx.tiling import Matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from raqu_onnx.manifest import Manifest
+    from raqu_onnx.manifest_view import ManifestView
+    from raqu_onnx.validate_mapping import PlacementTable
+
+__all__ = ["crossbar_findings", "stage_findings", "totals_findings"]
+
+
+def crossbar_findings(table: PlacementTable) -> Iterator[str]:
+    """Crossbars in use are numbered from 0, counted right, and no more than the chip has."""
+    manifest = table.manifest
+    chip, listed = manifest.chip, manifest.totals.crossbars
+    if [total.name for total in listed] != [kind.name for kind in chip.crossbars]:
+        yield "totals.crossbars: are not the chip's crossbar types in its order"
+        return
+    for index, (kind, total) in enumerate(zip(chip.crossbars, listed, strict=True)):
+        used = np.unique(table.crossbar[table.type == index])
+        where = f"totals.crossbars: {kind.name}"
+        if used.size and used[-1] != used.size - 1:
+            yield f"{where}: {used.size} crossbars are in use, but their numbers reach up to {used[-1]}"
+        if total.allocated != used.size:
+            yield f"{where}: allocated is {total.allocated}, placements use {used.size}"
+        if total.count != kind.count:
+            yield f"{where}: count is {total.count}, the chip has {kind.count}"
+        if kind.count is not None and used.size > kind.count:
+            yield f"{where}: {used.size} crossbars are in use, the chip has {kind.count}"
+
+
+def totals_findings(table: PlacementTable, view: ManifestView) -> Iterator[str]:
+    """Numerators and denominators follow from bits, placements and the chip."""
+    manifest = table.manifest
+    totals, chip = manifest.totals, manifest.chip
+    programmed, weight_bits, dropped = _weights(view)
+    cells = [total.allocated * kind.cells for total, kind in zip(totals.crossbars, chip.crossbars, strict=True)]
+    bits = [count * kind.cell_bits for count, kind in zip(cells, chip.crossbars, strict=True)]
+    for key, found, expected in (
+        ("cell_utilization.numerator", totals.cell_utilization.numerator, programmed),
+        ("cell_utilization.denominator", totals.cell_utilization.denominator, sum(cells)),
+        ("bit_utilization.numerator", totals.bit_utilization.numerator, weight_bits),
+        ("bit_utilization.denominator", totals.bit_utilization.denominator, sum(bits)),
+        ("placements", totals.placements, len(table.entries)),
+        ("dropped_kernels", totals.dropped_kernels, dropped),
+        ("lower_bound", totals.lower_bound, _lower_bound(view)),
+    ):
+        if found != expected:
+            yield f"totals.{key}: is {found}, the placements give {expected}"
+
+
+def _weights(view: ManifestView) -> tuple[int, int, int]:
+    """Programmed cells, weight bits and dropped kernels of one replica each."""
+    programmed = weight_bits = dropped = 0
+    for node in view.manifest.nodes:
+        own = view.node(node)
+        kind = next((placement.type for placement in node.placements), None)
+        for group in range(node.matrix.groups):
+            rows, bits = len(own.stored_rows(group)), own.bits[group]
+            weight_bits += rows * int(bits.sum())
+            dropped += int(np.count_nonzero(bits == 0))
+            if kind is not None:
+                entry = view.encodings[kind]
+                per_column = entry.rows_per_weight * entry.arrays_per_placement
+                programmed += rows * own.columns(group, kind).count * per_column
+    return programmed, weight_bits, dropped
+
+
+def _lower_bound(view: ManifestView) -> int | None:
+    chip = view.manifest.chip
+    matrices: list[Matrix] = []
+    for node in view.manifest.nodes:
+        own = view.node(node)
+        rows = [len(own.stored_rows(group)) for group in range(node.matrix.groups)]
+        # Groups may store different rows; the bound asks for cells only.
+        matrices.extend(Matrix(1, k, own.bits[g : g + 1]) for g, k in enumerate(rows) if len(set(rows)) > 1)
+        if len(set(rows)) == 1:
+            matrices.append(Matrix(len(rows), rows[0], own.bits))
+    try:
+        return lower_bound(matrices, geometries(chip), [kind.count for kind in chip.crossbars])
+    except ChipError:
+        return None
+
+
+def stage_findings(manifest: Manifest, table: PlacementTable) -> Iterator[str]:
+    """Each mapped node has one stage, with the turns and rivals that its placements give it."""
+    names = [node.name for node in manifest.nodes]
+    listed = [stage.node for stage in manifest.stages]
+    if sorted(listed) != sorted(names):
+        yield f"stages: {len(listed)} of them are not one for each of the {len(names)} nodes"
+        return
+    turns = {node.name: max((p.turn + 1 for p in node.placements), default=0) for node in manifest.nodes}
+    rivals: dict[str, set[str]] = {name: set() for name in names}
+    for members in table.shared_crossbars:
+        owners = table.node[members]
+        if (owners == owners[0]).all():
+            continue
+        clash = clashes(table.rows[members], table.cols[members])
+        pairs = np.unique(owners[np.argwhere(clash & (owners[:, None] != owners))], axis=0)
+        for first, second in pairs.tolist():
+            rivals[names[first]].add(names[second])
+    for stage in manifest.stages:
+        if stage.turns != turns[stage.node]:
+            yield f"stages: {stage.node}: turns is {stage.turns}, its placements take {turns[stage.node]}"
+        if sorted(stage.shares_with) != sorted(rivals[stage.node]):
+            yield f"stages: {stage.node}: shares_with is not the nodes in its rows and columns"
