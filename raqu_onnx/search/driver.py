@@ -36,11 +36,11 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
     Raises:
         DoesNotFitError: Even the smallest widths do not fit the chip or the crossbars allowed.
     """
+    _require_room(problem, goal)
     baselines, uniform = _uniform_baselines(problem)
     if problem.settings.is_uniform:
         chosen = problem.evaluate(Bits.uniform(len(problem.nodes), *problem.settings.widest), "uniform")
     else:
-        _require_room(problem, goal)
         sensitivity = measure_sensitivity(problem)
         if goal.max_crossbars is not None:
             chosen = _best_within(problem, sensitivity, goal.max_crossbars)
