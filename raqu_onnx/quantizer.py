@@ -1,0 +1,161 @@
+"""All widths of all nodes: fitted on demand, each once.
+
+The search asks for hundreds of combinations of the same few fits; the emitted model is made of the same objects, so
+what is judged is what is emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.encodings import MAX_BITS
+from raqu_onnx.quantized import ActivationQuantizer, QuantizedNode
+from raqu_onnx.statistics import activation_quantizer
+from raqu_onnx.weights import WeightFitter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from raqu_onnx.annotations import NodeBits
+    from raqu_onnx.encodings import SignedEncoding
+    from raqu_onnx.layout import MappedNode
+    from raqu_onnx.statistics import Histogram, InputMoments, RangeMethod
+    from raqu_onnx.weights import FittedWeights, WeightMethod
+
+__all__ = ["ModelQuantizer", "NodeSource"]
+
+# The INT32 bias keeps a factor of two below its limits, so that sums with it cannot wrap.
+_BIAS_LIMIT = 2**30
+
+
+@dataclass(frozen=True)
+class NodeSource:
+    """What is known of a mapped node before quantization.
+
+    Attributes:
+        node: The node.
+        weight: Float weight, shape of the ONNX tensor.
+        bias: Float bias, shape (output channels,), or None.
+        histogram: Values of its input, None without calibration.
+        moments: Second moments of its input vectors, None without calibration.
+    """
+
+    node: MappedNode
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32] | None
+    histogram: Histogram | None
+    moments: InputMoments | None
+
+    @property
+    def takes_bias(self) -> bool:
+        """A MatMul has nowhere to put a bias."""
+        return self.node.op_type != "MatMul"
+
+
+@dataclass
+class ModelQuantizer:
+    """Quantizes mapped nodes at any width and remembers every fit.
+
+    Attributes:
+        sources: The nodes by name, in graph order.
+        scheme: The chip's signed encoding, which sets the ranges of weight codes.
+        weight_method: How weight codes are chosen.
+        range_method: How activation ranges are chosen.
+    """
+
+    sources: Mapping[str, NodeSource]
+    scheme: SignedEncoding
+    weight_method: WeightMethod = "gptq"
+    range_method: RangeMethod = "mse"
+    _fitters: dict[str, WeightFitter] = field(default_factory=dict, repr=False)
+    _fits: dict[tuple[str, bytes], FittedWeights] = field(default_factory=dict, repr=False)
+    _activations: dict[tuple[str, int], ActivationQuantizer] = field(default_factory=dict, repr=False)
+
+    def quantize(self, name: str, bits: NodeBits) -> QuantizedNode:
+        """Codes, scales and bias of one node at the given widths."""
+        source = self.sources[name]
+        layout = source.node.layout
+        widths = bits.channel_bits(layout.channels)
+        fit = self.fit(name, widths)
+        activation = None if bits.activation is None else self.activation(name, bits.activation)
+        bias = self._bias(source, fit, widths)
+        quantized = QuantizedNode(
+            node=source.node,
+            bits=widths,
+            codes=layout.from_matrices(fit.codes),
+            scales=fit.scales,
+            bias=None,
+            float_bias=bias,
+            activation=activation,
+        )
+        if activation is None or bias is None:
+            return quantized
+        codes = np.rint(bias.astype(np.float64) / quantized.bias_scales())
+        return QuantizedNode(
+            node=source.node,
+            bits=widths,
+            codes=quantized.codes,
+            scales=fit.scales,
+            bias=np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32),
+            float_bias=None,
+            activation=activation,
+        )
+
+    def fit(self, name: str, widths: NDArray[np.int64]) -> FittedWeights:
+        """Weights of one node at widths per entry of its scale axis, shape (channels,)."""
+        key = (name, widths.tobytes())
+        if key not in self._fits:
+            self._fits[key] = self._fitter(name).fit(widths)
+        return self._fits[key]
+
+    def activation(self, name: str, bits: int) -> ActivationQuantizer:
+        """Quantizer of one node's input.
+
+        Raises:
+            ValueError: The model was not calibrated.
+        """
+        histogram = self.sources[name].histogram
+        if histogram is None:
+            raise ValueError(f"{name}: no calibration data has been seen, its input cannot be quantized")
+        key = (self.sources[name].node.input_name, bits)
+        if key not in self._activations:
+            self._activations[key] = activation_quantizer(histogram, bits, self.range_method)
+        return self._activations[key]
+
+    def _fitter(self, name: str) -> WeightFitter:
+        if name not in self._fitters:
+            source = self.sources[name]
+            self._fitters[name] = WeightFitter(
+                source.node,
+                source.weight,
+                source.moments,
+                self.scheme,
+                method=self.weight_method,
+                absorb_mean=source.takes_bias,
+                scale_floor=self._scale_floor(source),
+            )
+        return self._fitters[name]
+
+    def _scale_floor(self, source: NodeSource) -> NDArray[np.float64] | None:
+        """Smallest weight scale at which the INT32 bias stays within its limit, shape (channels,)."""
+        if source.bias is None or source.histogram is None:
+            return None
+        layout = source.node.layout
+        # The widest activation has the smallest step; the floor then holds for the narrower ones too.
+        step = self.activation(source.node.name, MAX_BITS).scale
+        floor = np.zeros(layout.channels)
+        np.maximum.at(floor, layout.channel_index().reshape(-1), np.abs(source.bias) / (_BIAS_LIMIT * step))
+        return floor
+
+    def _bias(self, source: NodeSource, fit: FittedWeights, widths: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        if not source.takes_bias:
+            return None
+        shift = fit.bias_shift.reshape(-1)
+        bias = shift if source.bias is None else source.bias.astype(np.float64) + shift
+        dropped = widths[source.node.layout.channel_index().reshape(-1)] == 0
+        return np.where(dropped, 0.0, bias).astype(np.float32)
