@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from raqu_onnx.annotations import HISTOGRAM, MAPPED, MOMENTS, mapped_nodes
+from raqu_onnx.annotations import CALIBRATION, HISTOGRAM, MAPPED, MOMENTS, mapped_nodes
 from raqu_onnx.errors import DataError
 from raqu_onnx.evaluation import make_session, run_batches
 from raqu_onnx.model_io import to_proto
@@ -64,6 +64,7 @@ class CalibratePass(ir.passes.InPlacePass):
             node.name: InputMoments(node.layout.groups, node.layout.rows) for node in nodes.values() if self.moments
         }
         counts = self._observe(model, list(nodes.values()), histograms, moments)
+        CALIBRATION.set(model, self.dataset)
         for node, mapped in nodes.items():
             HISTOGRAM.set(node, histograms[mapped.input_name])
             if self.moments:

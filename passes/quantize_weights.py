@@ -7,7 +7,17 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import BITS, HISTOGRAM, MAPPED, MOMENTS, QUANTIZED, QUANTIZER, NodeBits, mapped_nodes
+from raqu_onnx.annotations import (
+    BITS,
+    CALIBRATION,
+    HISTOGRAM,
+    MAPPED,
+    MOMENTS,
+    QUANTIZED,
+    QUANTIZER,
+    NodeBits,
+    mapped_nodes,
+)
 from raqu_onnx.encodings import SignedEncoding
 from raqu_onnx.quantizer import ModelQuantizer, NodeSource
 from raqu_onnx.statistics import RangeMethod
@@ -27,8 +37,10 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         encoding: Signed encoding of the chip, which sets the range of codes.
         weight_bits: Width of nodes that no search gave bits to.
         activation_bits: Width of the inputs of such nodes, None for float.
-        weight_method: ``nearest``, ``mse`` or ``gptq``.
+        weight_method: ``nearest``, ``mse``, ``gptq`` or ``sequential``.
         activation_range: ``min-max``, ``percentile`` or ``mse``.
+        fit_samples: Most calibration samples that ``sequential`` fits on.
+        threads: Threads for onnxruntime, None for all.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -36,8 +48,10 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     encoding: SignedEncoding = "offset"
     weight_bits: int = 8
     activation_bits: int | None = 8
-    weight_method: WeightMethod = "gptq"
+    weight_method: WeightMethod = "sequential"
     activation_range: RangeMethod = "mse"
+    fit_samples: int = 256
+    threads: int | None = None
 
     def requires(self, model: ir.Model) -> None:
         """Nodes are mapped, and calibrated where their inputs become integers."""
@@ -48,12 +62,18 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fit; the graph itself does not change."""
         quantizer = QUANTIZER.get(model) or build_quantizer(
-            model, self.encoding, weight_method=self.weight_method, range_method=self.activation_range
+            model,
+            self.encoding,
+            weight_method=self.weight_method,
+            range_method=self.activation_range,
+            fit_samples=self.fit_samples,
+            threads=self.threads,
         )
         default = NodeBits(self.weight_bits, self.activation_bits)
-        for node in mapped_nodes(model):
-            name = MAPPED.require(node).name
-            QUANTIZED.set(node, quantizer.quantize(name, BITS.get(node) or default))
+        nodes = {MAPPED.require(node).name: node for node in mapped_nodes(model)}
+        quantized = quantizer.quantize_model({name: BITS.get(node) or default for name, node in nodes.items()})
+        for name, node in nodes.items():
+            QUANTIZED.set(node, quantized[name])
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -61,8 +81,10 @@ def build_quantizer(
     model: ir.Model,
     encoding: SignedEncoding,
     *,
-    weight_method: WeightMethod = "gptq",
+    weight_method: WeightMethod = "sequential",
     range_method: RangeMethod = "mse",
+    fit_samples: int = 256,
+    threads: int | None = None,
 ) -> ModelQuantizer:
     """Gather what a mapped, calibrated model knows of each node into a quantizer, and keep it on the model."""
     sources: dict[str, NodeSource] = {}
@@ -77,5 +99,8 @@ def build_quantizer(
             mapped, weight.numpy(), None if bias is None else bias.numpy(), HISTOGRAM.get(node), MOMENTS.get(node)
         )
     quantizer = ModelQuantizer(sources, encoding, weight_method, range_method)
+    calibration = CALIBRATION.get(model)
+    if weight_method == "sequential" and calibration is not None:
+        quantizer.fit_sequentially(model, calibration, samples=fit_samples, threads=threads)
     QUANTIZER.set(model, quantizer)
     return quantizer

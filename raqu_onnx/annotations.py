@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import Placement
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import SearchResult
     from raqu_onnx.statistics import Histogram, InputMoments
-    from raqu_onnx.validate import ValidationReport
+    from raqu_onnx.validation import ValidationReport
 
 __all__ = [
     "BITS",
+    "CALIBRATION",
     "EMITTED",
     "HISTOGRAM",
     "MAPPED",
@@ -113,6 +115,7 @@ UNMAPPED: Annotation[UnmappedNode] = Annotation("unmapped_node", "annotate-tilin
 HISTOGRAM: Annotation[Histogram] = Annotation("histogram", "calibrate")
 MOMENTS: Annotation[InputMoments] = Annotation("moments", "calibrate")
 QUANTIZER: Annotation[ModelQuantizer] = Annotation("quantizer", "calibrate")
+CALIBRATION: Annotation[Dataset] = Annotation("calibration", "calibrate")
 BITS: Annotation[NodeBits] = Annotation("bits", "search-bits")
 SEARCH: Annotation[SearchResult] = Annotation("search", "search-bits")
 QUANTIZED: Annotation[QuantizedNode] = Annotation("quantized_node", "quantize-weights")

@@ -125,8 +125,9 @@ def make_session(
     # Spinning threads take the cores from numpy between two runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = model if isinstance(model, bytes) else str(model)
+    # With fallback, onnxruntime prints each failure to stdout, where results go, and tries the same provider again.
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         where = "the model" if isinstance(model, bytes) else str(model)
         raise ModelError(f"{where}: onnxruntime cannot load it: {_first_line(error)}") from error

@@ -6,7 +6,7 @@ what is judged is what is emitted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,13 +19,16 @@ from raqu_onnx.weights import WeightFitter
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from raqu_onnx.annotations import NodeBits
+    from raqu_onnx.data import Dataset
     from raqu_onnx.encodings import SignedEncoding
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.sequential import SequentialQuantizer
     from raqu_onnx.statistics import Histogram, InputMoments, RangeMethod
-    from raqu_onnx.weights import FittedWeights, WeightMethod
+    from raqu_onnx.weights import FittedWeights, Target, WeightMethod
 
 __all__ = ["ModelQuantizer", "NodeSource"]
 
@@ -70,24 +73,51 @@ class ModelQuantizer:
 
     sources: Mapping[str, NodeSource]
     scheme: SignedEncoding
-    weight_method: WeightMethod = "gptq"
+    weight_method: WeightMethod = "sequential"
     range_method: RangeMethod = "mse"
+    _sequential: SequentialQuantizer | None = field(default=None, repr=False)
     _fitters: dict[str, WeightFitter] = field(default_factory=dict, repr=False)
     _fits: dict[tuple[str, bytes], FittedWeights] = field(default_factory=dict, repr=False)
     _activations: dict[tuple[str, int], ActivationQuantizer] = field(default_factory=dict, repr=False)
 
+    def fit_sequentially(self, model: ir.Model, dataset: Dataset, *, samples: int, threads: int | None = None) -> None:
+        """From now on `quantize_model` fits each node to the inputs that the nodes before it produce.
+
+        Args:
+            model: The tidied float model.
+            dataset: Calibration inputs.
+            samples: Most samples to fit on.
+            threads: Threads for onnxruntime, None for all.
+        """
+        from raqu_onnx.sequential import SequentialQuantizer
+
+        self._sequential = SequentialQuantizer(model, self, dataset, samples=samples, threads=threads)
+
+    def quantize_model(self, bits: Mapping[str, NodeBits]) -> dict[str, QuantizedNode]:
+        """All nodes at the widths given by name."""
+        if self._sequential is not None:
+            return self._sequential.quantize(bits)
+        return {name: self.quantize(name, bits[name]) for name in self.sources}
+
     def quantize(self, name: str, bits: NodeBits) -> QuantizedNode:
         """Codes, scales and bias of one node at the given widths."""
+        widths = bits.channel_bits(self.sources[name].node.layout.channels)
+        return self._assemble(name, bits, self.fit(name, widths))
+
+    def quantize_to(self, name: str, bits: NodeBits, target: Target) -> QuantizedNode:
+        """Like `quantize`, with weights fitted to the inputs that really arrive; not remembered."""
+        widths = bits.channel_bits(self.sources[name].node.layout.channels)
+        return self._assemble(name, bits, self._new_fitter(self.sources[name], target).fit(widths))
+
+    def _assemble(self, name: str, bits: NodeBits, fit: FittedWeights) -> QuantizedNode:
         source = self.sources[name]
-        layout = source.node.layout
-        widths = bits.channel_bits(layout.channels)
-        fit = self.fit(name, widths)
+        widths = bits.channel_bits(source.node.layout.channels)
         activation = None if bits.activation is None else self.activation(name, bits.activation)
         bias = self._bias(source, fit, widths)
         quantized = QuantizedNode(
             node=source.node,
             bits=widths,
-            codes=layout.from_matrices(fit.codes),
+            codes=source.node.layout.from_matrices(fit.codes),
             scales=fit.scales,
             bias=None,
             float_bias=bias,
@@ -96,15 +126,8 @@ class ModelQuantizer:
         if activation is None or bias is None:
             return quantized
         codes = np.rint(bias.astype(np.float64) / quantized.bias_scales())
-        return QuantizedNode(
-            node=source.node,
-            bits=widths,
-            codes=quantized.codes,
-            scales=fit.scales,
-            bias=np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32),
-            float_bias=None,
-            activation=activation,
-        )
+        limited = np.clip(codes, -(2**31) + 1, 2**31 - 1).astype(np.int32)
+        return replace(quantized, bias=limited, float_bias=None)
 
     def fit(self, name: str, widths: NDArray[np.int64]) -> FittedWeights:
         """Weights of one node at widths per entry of its scale axis, shape (channels,)."""
@@ -129,17 +152,20 @@ class ModelQuantizer:
 
     def _fitter(self, name: str) -> WeightFitter:
         if name not in self._fitters:
-            source = self.sources[name]
-            self._fitters[name] = WeightFitter(
-                source.node,
-                source.weight,
-                source.moments,
-                self.scheme,
-                method=self.weight_method,
-                absorb_mean=source.takes_bias,
-                scale_floor=self._scale_floor(source),
-            )
+            self._fitters[name] = self._new_fitter(self.sources[name])
         return self._fitters[name]
+
+    def _new_fitter(self, source: NodeSource, target: Target | None = None) -> WeightFitter:
+        return WeightFitter(
+            source.node,
+            source.weight,
+            source.moments,
+            self.scheme,
+            method="gptq" if self.weight_method == "sequential" else self.weight_method,
+            absorb_mean=source.takes_bias,
+            scale_floor=self._scale_floor(source),
+            target=target,
+        )
 
     def _scale_floor(self, source: NodeSource) -> NDArray[np.float64] | None:
         """Smallest weight scale at which the INT32 bias stays within its limit, shape (channels,)."""

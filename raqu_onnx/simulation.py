@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantized import QuantizedNode
 
-__all__ = ["Simulator"]
+__all__ = ["Simulator", "names_in_bodies"]
 
 _PREFIX = "raqu_simulated"
 
@@ -97,7 +97,7 @@ class Simulator:
     def _remove_unused_initializers(self, proto: onnx.ModelProto) -> None:
         used = {name for item in proto.graph.node for name in item.input}
         used.update(output.name for output in proto.graph.output)
-        used.update(_names_in_bodies(proto.graph.node))
+        used.update(names_in_bodies(proto.graph.node))
         kept = [item for item in proto.graph.initializer if item.name in used]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
@@ -135,7 +135,7 @@ def _add_input(proto: onnx.ModelProto, name: str, kind: int, shape: Sequence[int
     proto.graph.input.append(helper.make_tensor_value_info(name, kind, list(shape)))
 
 
-def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+def names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """Names that bodies of control-flow nodes read, their own or from around them."""
     names: set[str] = set()
     for node in nodes:
@@ -143,5 +143,5 @@ def _names_in_bodies(nodes: Iterable[onnx.NodeProto]) -> set[str]:
             for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
                 names.update(name for inner in graph.node for name in inner.input)
                 names.update(output.name for output in graph.output)
-                names.update(_names_in_bodies(graph.node))
+                names.update(names_in_bodies(graph.node))
     return names

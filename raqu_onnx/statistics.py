@@ -13,9 +13,12 @@ from raqu_onnx.quantized import ActivationQuantizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Histogram", "InputMoments", "RangeMethod", "activation_quantizer"]
+__all__ = ["FULL_LIMIT", "CrossMoments", "Histogram", "InputMoments", "RangeMethod", "activation_quantizer"]
 
 RangeMethod = Literal["min-max", "percentile", "mse"]
+
+#: Rows up to which all pairs of rows are summed; the sums take `K * K` floats.
+FULL_LIMIT = 4608
 
 _HALF_BINS = 2048
 _CHUNK = 1 << 16
@@ -99,7 +102,7 @@ class InputMoments:
         gram: Sum of `(x - origin) (x - origin)^T`, shape (G, K, K), or of its diagonal, shape (G, K).
     """
 
-    def __init__(self, groups: int, rows: int, *, full_limit: int = 4608) -> None:
+    def __init__(self, groups: int, rows: int, *, full_limit: int = FULL_LIMIT) -> None:
         self.count = 0
         self.total = np.zeros((groups, rows))
         self.full = rows <= full_limit
@@ -134,6 +137,53 @@ class InputMoments:
 
     def _square(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(x[:, :, None] * x[:, None, :] if self.full else np.square(x))
+
+
+class CrossMoments:
+    """Sums over pairs of vectors: what a node's inputs were in float, and what arrives.
+
+    Attributes:
+        count: Pairs seen.
+        gram: Sum of `(f - origin_f) (q - origin_q)^T`, shape (G, K, K), around the first batch's means.
+    """
+
+    def __init__(self, groups: int, rows: int) -> None:
+        self.count = 0
+        self.gram = np.zeros((groups, rows, rows))
+        self._origins: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        self._totals = np.zeros((2, groups, rows))
+
+    def update(self, reference: NDArray[Any], arriving: NDArray[Any]) -> None:
+        """Add pairs of vectors, each of shape (P, G, K)."""
+        f, q = (np.ascontiguousarray(x.transpose(1, 0, 2), np.float32) for x in (reference, arriving))
+        if not f.shape[1]:
+            return
+        if self._origins is None:
+            self._origins = (f.mean(1), q.mean(1))
+        f, q = f - self._origins[0][:, None, :], q - self._origins[1][:, None, :]
+        self.count += f.shape[1]
+        self._totals += np.stack([f.sum(1, dtype=np.float64), q.sum(1, dtype=np.float64)])
+        self.gram += f.transpose(0, 2, 1) @ q
+
+    @property
+    def reference_mean(self) -> NDArray[np.float64]:
+        """Mean of the float vectors, shape (G, K)."""
+        return self._means()[0]
+
+    def _means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        drift = self._totals / max(1, self.count)
+        if self._origins is None:
+            return drift[0], drift[1]
+        return self._origins[0] + drift[0], self._origins[1] + drift[1]
+
+    def covariance(self, *, centred: bool = True) -> NDArray[np.float64]:
+        """Mean of `f q^T`, around both means if `centred`, shape (G, K, K)."""
+        drift = self._totals / max(1, self.count)
+        moments: NDArray[np.float64] = self.gram / max(1, self.count) - drift[0][:, :, None] * drift[1][:, None, :]
+        if centred:
+            return moments
+        means = self._means()
+        return moments + means[0][:, :, None] * means[1][:, None, :]
 
 
 @dataclass(frozen=True)

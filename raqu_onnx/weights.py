@@ -1,6 +1,6 @@
 """Fitting integer weights to what a node computes.
 
-Three methods, from plain to strong:
+Methods, from plain to strong:
 
 * ``nearest``: symmetric scale over the full range of each kernel, rounding to nearest.
 * ``mse``: the scale of each kernel clips where that lowers the error, weighted by the power of each input.
@@ -8,7 +8,10 @@ Three methods, from plain to strong:
   inputs (Frantar et al., "GPTQ", ICLR 2023, algorithm 1), with rows in order of falling input power and scales as
   in ``mse``.
 
-With a bias the last two work on centred moments: the mean error of each kernel is taken up by the bias.
+* ``sequential``: GPTQ node after node in graph order, each fitted to give the float output from the inputs that the
+  quantized nodes before it produce; see `raqu_onnx.sequential`.
+
+With a bias the last three work on centred moments: the mean error of each kernel is taken up by the bias.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ if TYPE_CHECKING:
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.statistics import InputMoments
 
-__all__ = ["FittedWeights", "WeightFitter", "WeightMethod"]
+__all__ = ["FittedWeights", "Target", "WeightFitter", "WeightMethod"]
 
-WeightMethod = Literal["nearest", "mse", "gptq"]
+WeightMethod = Literal["nearest", "mse", "gptq", "sequential"]
 
 _DAMPING = 0.01
 _CLIP_STEPS = np.linspace(1.0, 0.2, 41)
@@ -54,6 +57,21 @@ class FittedWeights:
     error: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a node's weights are fitted to, where that is not the float weight itself.
+
+    Attributes:
+        weight: Weight that gives the float output best from the inputs that arrive, shape (G, K, M).
+        output_mean: Mean output of the float node without its bias, shape (G, M).
+        moments: Second moments of the inputs that arrive.
+    """
+
+    weight: NDArray[np.float64]
+    output_mean: NDArray[np.float64]
+    moments: InputMoments
+
+
 class WeightFitter:
     """Fits one node's weights to any width; what does not depend on the width is computed once.
 
@@ -66,6 +84,7 @@ class WeightFitter:
         absorb_mean: The node has a bias that takes up the mean error.
         scale_floor: Smallest scale allowed per entry of the scale axis, shape (channels,), so that the INT32 bias
             does not overflow.
+        target: Replaces weight and moments by those of the inputs that really arrive.
     """
 
     def __init__(
@@ -78,13 +97,16 @@ class WeightFitter:
         method: WeightMethod = "gptq",
         absorb_mean: bool = True,
         scale_floor: NDArray[np.float64] | None = None,
+        target: Target | None = None,
     ) -> None:
         self._node = node
         self._scheme = scheme
-        self._weight = node.layout.to_matrices(np.asarray(weight, np.float64))
+        moments = moments if target is None else target.moments
+        self._weight = node.layout.to_matrices(np.asarray(weight, np.float64)) if target is None else target.weight
         self._channels = node.layout.channel_index()
         self._floor = np.full(node.layout.channels, _TINY) if scale_floor is None else np.maximum(scale_floor, _TINY)
         self._mean = moments.mean if moments is not None and absorb_mean else None
+        self._output_mean = self._mean_output(target)
         self._second = None if moments is None else _finite(moments.covariance(centred=absorb_mean))
         self._method = method if self._second is not None or method == "nearest" else "mse"
         self._factors: list[tuple[NDArray[np.int64], NDArray[np.float64]]] | None = None
@@ -100,9 +122,16 @@ class WeightFitter:
         scales = self._scales(low, high)
         per_kernel = scales.astype(np.float64)[self._channels]
         codes = self._round(per_kernel, low[self._channels], high[self._channels])
-        difference = self._weight - codes * per_kernel[:, None, :]
-        shift = np.zeros(per_kernel.shape) if self._mean is None else np.einsum("gkm,gk->gm", difference, self._mean)
-        return FittedWeights(codes.astype(np.int8), scales, shift, self._error(difference))
+        rounded = codes * per_kernel[:, None, :]
+        shift = np.zeros(per_kernel.shape)
+        if self._mean is not None and self._output_mean is not None:
+            shift = self._output_mean - np.einsum("gkm,gk->gm", rounded, self._mean)
+        return FittedWeights(codes.astype(np.int8), scales, shift, self._error(self._weight - rounded))
+
+    def _mean_output(self, target: Target | None) -> NDArray[np.float64] | None:
+        if self._mean is None:
+            return None
+        return np.einsum("gkm,gk->gm", self._weight, self._mean) if target is None else target.output_mean
 
     def _limits(self, widths: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         table = np.array([code_range(self._scheme, int(b)) for b in range(9)], np.float64)
