@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from raqu_onnx.evaluation import Score
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
-from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program
+from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program, useful_widths
 from raqu_onnx.search.sensitivity import measure_sensitivity
 
 CELLS_PER_CROSSBAR = 64
@@ -31,10 +31,9 @@ class FakeProblem:
         self.reference = Score(1000, top1=1.0, agreement=1.0, kl=0.0)
         self.evaluations: list[Evaluation] = []
         self.scored: list[Bits] = []
-        high = self.settings.weight_bits[1]
-        self.cell_cost = np.full((len(sizes), high + 1), np.inf)
+        self.cell_cost = np.full((len(sizes), 9), np.inf)
         for node, size in enumerate(sizes):
-            for bits in range(self.settings.weight_bits[0], high + 1):
+            for bits in range(self.settings.weight_bits[0], 9):
                 self.cell_cost[node, bits] = size * -(-bits // 2)
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -44,7 +43,7 @@ class FakeProblem:
     def cost(self, weights: tuple[int, ...]) -> float:
         return float(sum(self.cell_cost[i, b] for i, b in enumerate(weights)))
 
-    def crossbars(self, weights: tuple[int, ...], sharing: str | None = None) -> int | None:
+    def crossbars(self, weights: tuple[int, ...]) -> int | None:
         cells = sum(size * -(-bits // 2) for size, bits in zip(self.sizes, weights, strict=True))
         return -(-cells // CELLS_PER_CROSSBAR)
 
@@ -57,11 +56,11 @@ class FakeProblem:
         )
 
     def loss(self, bits: Bits) -> float:
-        single = sum(s * 4.0 ** -w for s, w in zip(self.sensitivities, bits.weights, strict=True))
+        single = sum(s * 4.0**-w for s, w in zip(self.sensitivities, bits.weights, strict=True))
         neighbours = sum(
             2.0 ** -(a + b) for a, b in itertools.pairwise(bits.weights)
         )  # two narrow neighbours hurt more than the sum of both
-        inputs = sum(4.0 ** -a for a in bits.activations or ())
+        inputs = sum(4.0**-a for a in bits.activations or ())
         return single + 0.2 * neighbours + 0.05 * inputs
 
     def score(self, bits: Bits) -> Score:
@@ -217,3 +216,22 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
     points = [item(10, 1.0), item(8, 2.0), item(9, 3.0), item(10, 0.5), item(12, 0.5)]
     assert [(e.crossbars, e.score.kl) for e in pareto_front(points)] == [(8, 2.0), (10, 0.5)]
+
+
+def test_bits_that_cells_hold_anyway_are_used() -> None:
+    fake = problem()
+    loss = np.array([[s * 4.0**-b for b in range(9)] for s in fake.sensitivities])
+    assert useful_widths(fake) == [[2, 4, 6, 8]] * 6  # type: ignore[arg-type]
+    found = fit_to_budget(fake, (3, 5, 7, 2, 3, 3), loss, 99)  # type: ignore[arg-type]
+    assert found == (8,) * 6
+    tight = fit_to_budget(fake, (3, 3, 3, 3, 3, 3), loss, 15)  # type: ignore[arg-type]
+    assert tight is not None
+    assert set(tight) <= {2, 4, 6, 8}
+
+
+def test_a_width_too_wide_for_every_crossbar_is_no_baseline() -> None:
+    fake = problem(evaluations=2)
+    fake.cell_cost[3, 7:] = np.inf
+    result = search(fake, Goal(max_crossbars=16, max_accuracy_drop=None))  # type: ignore[arg-type]
+    assert [b.weight_bits for b in result.baselines] == [6, 5, 4, 3, 2]
+    assert all(e.bits.weights[3] <= 6 for e in result.evaluations)

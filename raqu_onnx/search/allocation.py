@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.search.problem import Problem
 
-__all__ = ["cheapest_loss", "fit_to_budget", "solve_integer_program"]
+__all__ = ["cheapest_loss", "fit_to_budget", "solve_integer_program", "useful_widths"]
 
 
 def cheapest_loss(
@@ -83,52 +83,69 @@ def _linear_budget(problem: Problem, crossbars: int) -> float:
     return float(crossbars) * max(kind.rows * kind.cols for kind in problem.chip.crossbars)
 
 
+def useful_widths(problem: Problem) -> list[list[int]]:
+    """Widths of each node, rising, without those that cost as much as a wider one (3 bits in 2-bit cells)."""
+    low, high = problem.settings.weight_bits
+    return [
+        [b for b in range(low, high + 1) if np.isfinite(cost[b]) and (b == high or not cost[b] >= cost[b + 1])]
+        for cost in problem.cell_cost
+    ]
+
+
 def fit_to_budget(
     problem: Problem, weights: tuple[int, ...], loss: NDArray[np.float64], crossbars: int
 ) -> tuple[int, ...] | None:
     """Bring any candidate into the budget, then use what is left of it.
 
-    Bits are taken where the additive loss grows least per cost saved, and given where it falls most per cost added.
+    Bits that the cells hold anyway are taken first. Then bits are taken where the additive loss grows least per cost
+    saved, and given where it falls most per cost added.
 
     Returns:
         Weight widths that fit, or None when even the smallest do not.
     """
-    current = list(weights)
-    while not _fits(problem, current, crossbars):
-        step = _best_step(problem, current, loss, -1)
+    choices = useful_widths(problem)
+    # Positions in each node's list of useful widths.
+    current = [
+        next((i for i, b in enumerate(widths) if b >= width), len(widths) - 1)
+        for widths, width in zip(choices, weights, strict=True)
+    ]
+
+    def fits() -> bool:
+        count = problem.crossbars(tuple(widths[i] for widths, i in zip(choices, current, strict=True)))
+        return count is not None and count <= crossbars
+
+    while not fits():
+        step = _best_step(problem, choices, current, loss, -1, set())
         if step is None:
             return None
         current[step] -= 1
     blocked: set[int] = set()
-    while (step := _best_step(problem, current, loss, 1, blocked)) is not None:
+    while (step := _best_step(problem, choices, current, loss, 1, blocked)) is not None:
         current[step] += 1
-        if not _fits(problem, current, crossbars):
+        if not fits():
             current[step] -= 1
             blocked.add(step)
-    return tuple(current)
-
-
-def _fits(problem: Problem, weights: list[int], crossbars: int) -> bool:
-    count = problem.crossbars(tuple(weights))
-    return count is not None and count <= crossbars
+    return tuple(widths[i] for widths, i in zip(choices, current, strict=True))
 
 
 def _best_step(
-    problem: Problem, weights: list[int], loss: NDArray[np.float64], direction: int, blocked: set[int] | None = None
+    problem: Problem,
+    choices: list[list[int]],
+    current: list[int],
+    loss: NDArray[np.float64],
+    direction: int,
+    blocked: set[int],
 ) -> int | None:
-    """The node whose width should change by one, None when none can."""
-    low, high = problem.settings.weight_bits
+    """The node that should move to its next useful width, None when none can."""
     best: tuple[float, int] | None = None
-    for node, width in enumerate(weights):
-        other = width + direction
-        if not low <= other <= high or (blocked and node in blocked) or not np.isfinite(problem.cell_cost[node, other]):
+    for node, (widths, position) in enumerate(zip(choices, current, strict=True)):
+        if node in blocked or not 0 <= position + direction < len(widths):
             continue
-        gain = loss[node, width] - loss[node, other]
-        change = abs(problem.cell_cost[node, other] - problem.cell_cost[node, width])
+        here, there = widths[position], widths[position + direction]
+        gain = loss[node, here] - loss[node, there]
         if direction > 0 and gain <= 0:
             continue
-        # Both directions want the largest gain per cost; a step that costs nothing comes first.
-        rate = gain / change if change > 0 else np.inf * np.sign(gain or 1.0)
+        rate = gain / abs(problem.cell_cost[node, there] - problem.cell_cost[node, here])
         if best is None or rate > best[0]:
             best = (rate, node)
     return None if best is None else best[1]

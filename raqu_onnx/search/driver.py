@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
 from raqu_onnx.search.bayes import TrustRegion
@@ -68,6 +70,9 @@ def _uniform_baselines(problem: Problem) -> tuple[list[UniformBaseline], list[Ev
     baselines, candidates = [], []
     for step, width in enumerate(range(8, lowest - 1, -1)):
         problem.progress("judging uniform widths", step, 9 - lowest)
+        if not np.isfinite(problem.cell_cost[:, width]).all():
+            # A kernel of this width is wider than every crossbar.
+            continue
         bits = Bits.uniform(nodes, width, activation)
         packed = problem.crossbars(bits.weights)
         if packed is not None and _in_range(problem, width):

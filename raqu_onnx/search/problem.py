@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raqu_onnx.annotations import NodeBits
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ChipError
 from raqu_onnx.evaluation import Score, collect, make_session, score
 from raqu_onnx.model_io import to_proto
@@ -19,6 +20,8 @@ from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import onnx_ir as ir
     from numpy.typing import NDArray
 
@@ -120,9 +123,10 @@ class Problem:
     def _linear_costs(self) -> NDArray[np.float64]:
         """Cost of each node at each width, which sums to the whole: crossbars if exclusive, else cells."""
         low, high = self.settings.weight_bits
-        costs = np.full((len(self.nodes), high + 1), np.inf)
+        costs = np.full((len(self.nodes), MAX_BITS + 1), np.inf)
         for node in range(len(self.nodes)):
-            for bits in range(low, high + 1):
+            # Uniform baselines go beyond the range that is searched.
+            for bits in range(low, MAX_BITS + 1):
                 costs[node, bits] = self._linear_cost(self.matrix(node, bits))
         if not np.isfinite(costs[:, low : high + 1]).any(1).all():
             node = int(np.flatnonzero(~np.isfinite(costs[:, low : high + 1]).any(1))[0])
@@ -162,25 +166,35 @@ class Problem:
     def score(self, bits: Bits) -> Score:
         """Score on the whole selection set."""
         if bits not in self._scores:
-            self._scores[bits] = score(self._run(bits), self._reference)
+            self._scores[bits] = self._judge(bits)
         return self._scores[bits]
 
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
-        outputs = self._run(bits, max(1, -(-self.settings.sensitivity_samples // self.settings.batch_size)))
+        # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
+        quantized = {name: self.quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
+        batches = max(1, -(-self.settings.sensitivity_samples // self.settings.batch_size))
+        outputs = self._simulator.run(quantized, islice(self._data(), batches))
         return replace(score(outputs, self._prefix(outputs.samples)), top1=None).loss
 
     def _prefix(self, samples: int) -> Outputs:
         return replace(self._reference, outputs=tuple(array[:samples] for array in self._reference.outputs))
 
-    def _run(self, bits: Bits, batches: int | None = None) -> Outputs:
+    def _judge(self, bits: Bits) -> Score:
+        """Quantize as the emitted model would be, and run it."""
+        return score(
+            self._simulator.run(self.quantizer.quantize_model(self._widths(bits)), self._data()), self._reference
+        )
+
+    def _widths(self, bits: Bits) -> dict[str, NodeBits]:
         activations = bits.activations or (None,) * len(self.names)
-        quantized = {
-            name: self.quantizer.quantize(name, NodeBits(weight, activation))
+        return {
+            name: NodeBits(weight, activation)
             for name, weight, activation in zip(self.names, bits.weights, activations, strict=True)
         }
-        data = self._kept or self._selection.batches(self.settings.batch_size)
-        return self._simulator.run(quantized, islice(data, batches))
+
+    def _data(self) -> Iterable[Batch]:
+        return self._kept or self._selection.batches(self.settings.batch_size)
 
 
 def _kept_in_memory(dataset: Dataset, batch_size: int) -> list[Batch] | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.search.allocation import useful_widths
 from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ class Sensitivity:
 def measure_sensitivity(problem: Problem) -> Sensitivity:
     """Fill the table with forward passes: one per node and width.
 
-    Noise can make a narrower width look better than a wider one; losses are made to fall with the width.
+    Widths that save nothing over the next one on this chip, such as 3 bits in 2-bit cells, are not measured. Noise can
+    make a narrower width look better than a wider one; losses are made to fall with the width.
     """
     settings = problem.settings
     nodes = len(problem.nodes)
     weight, activation = settings.widest
     widest = Bits.uniform(nodes, weight, activation)
-    jobs = [(node, bits, True) for node in range(nodes) for bits in range(settings.weight_bits[0], weight)]
+    jobs = [(node, b, True) for node, widths in enumerate(useful_widths(problem)) for b in widths if b < weight]
     if settings.activation_bits is not None and activation is not None:
         jobs += [(node, b, False) for node in range(nodes) for b in range(settings.activation_bits[0], activation)]
     weights = np.zeros((nodes, weight + 1))
