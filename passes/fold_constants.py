@@ -368,7 +368,9 @@ def _evaluate(node: ir.Node, opset: int) -> list[NDArray[Any]] | None:
     quiet = ort.RunOptions()
     quiet.log_severity_level = 4
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
         results = session.run_with_ort_values(None, feeds, quiet)
         arrays = [result.numpy() for result in results]
     except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no public base class

@@ -6,7 +6,12 @@ and exits with `exit_code`; a traceback means a defect in this package.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "CheckError",
@@ -17,6 +22,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RaquError",
+    "naming_model",
 ]
 
 
@@ -54,3 +60,21 @@ class CheckError(RaquError):
     """What was made failed its own check."""
 
     exit_code: ClassVar[int] = 1
+
+
+@contextmanager
+def naming_model(source: object) -> Iterator[None]:
+    """Name the model's file in the errors of the block: passes do not know which file a model came from.
+
+    Args:
+        source: The path as the user gave it; anything but a text or a path, such as a model in memory, names none.
+    """
+    try:
+        yield
+    except (ModelError, DataError) as error:
+        message = str(error)
+        if not isinstance(source, str | os.PathLike) or str(source) in message:
+            raise
+        if isinstance(error, DataError) and not message.startswith(("model ", "the model ")):
+            raise  # It names the data, which is the culprit.
+        raise type(error)(f"{source}: {message}") from error

@@ -32,9 +32,9 @@ from raqu_onnx.model_io import load_model, model_digest
 from raqu_onnx.placement import place
 from raqu_onnx.quantized import ActivationQuantizer, EmittedNames, QuantizedNode
 from raqu_onnx.tiling import Matrix
-from raqu_onnx.validate import validate
 from raqu_onnx.validate_phases import FolderChecks
 from raqu_onnx.validate_report import Checklist, ValidationReport
+from raqu_onnx.validation import validate
 
 Json = dict[str, Any]
 
@@ -685,7 +685,7 @@ def test_missing_and_unreadable_files_raise(folder: Callable[[str], Path], tmp_p
 
 def test_saturated_outputs_are_told_apart(folder: Callable[[str], Path], monkeypatch: Any) -> None:
     """Levels that disagree by more than rounding fail."""
-    import raqu_onnx.validate as module
+    import raqu_onnx.validation as module
 
     original = module.collect
 

@@ -85,8 +85,6 @@ def _node(node: NodeEntry) -> dict[str, Any]:
 
 
 def _print(manifest: Manifest) -> None:
-    from rich.markup import escape
-
     from raqu_onnx.cli.options import console, new_table
 
     out = console()
@@ -106,10 +104,10 @@ def _print(manifest: Manifest) -> None:
         bits = ",".join(map(str, node["weight_bits"]))
         activation, mvms = (str("?" if node[k] is None else node[k]) for k in ("activation_bits", "mvms"))
         sizes = (str(node[key]) for key in ("groups", "rows", "kernels"))
-        table.add_row(escape(node["name"]), node["op_type"], *sizes, bits, activation, mvms, str(node["crossbars"]))
+        table.add_row(node["name"], node["op_type"], *sizes, bits, activation, mvms, str(node["crossbars"]))
     out.print(table)
     for item in manifest.unmapped:
-        out.print(escape(f"in float: {item.op_type} {item.name}: {item.reason}"))
+        out.print(f"in float: {item.op_type} {item.name}: {item.reason}")
 
 
 def _share(ratio: Ratio) -> str:

@@ -45,7 +45,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Validate and print; 1 when a check failed."""
-    from raqu_onnx.validate import validate
+    from raqu_onnx.validation import validate
 
     report = validate(args.out_dir, args.data, reference=args.reference, threads=args.threads)
     if args.format == "json":

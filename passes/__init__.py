@@ -1,0 +1,51 @@
+"""Passes on onnx_ir models; each stands in a file of its own and runs in any onnx_ir pipeline."""
+
+from __future__ import annotations
+
+from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
+from raqu_onnx.passes.calibrate import CalibratePass
+from raqu_onnx.passes.check import CheckPass
+from raqu_onnx.passes.fold_batchnorm import FoldBatchNormPass
+from raqu_onnx.passes.fold_constants import FoldConstantsPass
+from raqu_onnx.passes.insert_qdq import InsertQDQPass
+from raqu_onnx.passes.normalize_gemm import NormalizeGemmPass
+from raqu_onnx.passes.place_crossbars import PlaceCrossbarsPass
+from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
+from raqu_onnx.passes.search_bits import SearchBitsPass
+from raqu_onnx.passes.tidy import TidyPass
+from raqu_onnx.passes.write_manifest import WriteManifestPass
+
+__all__ = [
+    "PASSES",
+    "AnnotateTilingPass",
+    "CalibratePass",
+    "CheckPass",
+    "FoldBatchNormPass",
+    "FoldConstantsPass",
+    "InsertQDQPass",
+    "NormalizeGemmPass",
+    "PlaceCrossbarsPass",
+    "QuantizeWeightsPass",
+    "SearchBitsPass",
+    "TidyPass",
+    "WriteManifestPass",
+]
+
+#: Every pass by its name; the first three are what `tidy` is made of.
+PASSES = {
+    item.name: item
+    for item in (
+        FoldConstantsPass,
+        NormalizeGemmPass,
+        FoldBatchNormPass,
+        TidyPass,
+        AnnotateTilingPass,
+        CalibratePass,
+        SearchBitsPass,
+        QuantizeWeightsPass,
+        InsertQDQPass,
+        PlaceCrossbarsPass,
+        WriteManifestPass,
+        CheckPass,
+    )
+}

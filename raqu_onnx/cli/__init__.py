@@ -1,0 +1,144 @@
+"""The command line: parses, calls the library, prints.
+
+Results go to stdout, logs and progress to stderr. Exit codes: 0 done; 1 ran, but a target was not met or a check
+failed; 2 bad usage, configuration, model, chip or data; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from raqu_onnx.errors import ConfigError, RaquError
+
+__all__ = ["main"]
+
+# A command's module is imported only when the command is used, so that help answers at once.
+_COMMANDS = {
+    "optimize": "quantize a model for a chip, map it, write model and manifest",
+    "inspect": "show the tiling of a model on a chip, without search",
+    "validate": "check a result folder as a stranger would",
+    "demo": "run the main job on a bundled model and real data",
+    "hw": "list, show and check chip descriptions",
+    "passes": "list the passes of the pipeline with their options",
+    "manifest": "print the manifest's JSON Schema, or a manifest's summary",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name, default those of the process.
+
+    Returns:
+        The exit code; every error has been printed, on one line.
+
+    Raises:
+        SystemExit: After `--help` and `--version`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _tidy_termination():
+            code = _run(arguments)
+            sys.stdout.flush()
+    except RaquError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; no result was written", file=sys.stderr)
+        return 130
+    except _TerminatedError:
+        print("terminated; no result was written", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        _discard_output()
+        return 0
+    except OSError as error:
+        # A full disk behind stdout, no room for temporary files: what the modules could not foresee.
+        _discard_output()
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", RaquError.exit_code)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    # A chip file may have several errors; all of them go on the one line.
+    print("error: " + "; ".join(message.splitlines()), file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Keep Python from failing again when it flushes stdout at exit."""
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM; like KeyboardInterrupt no Exception, so that nobody takes it for an error of a user's own function."""
+
+
+@contextmanager
+def _tidy_termination() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that no half-written folder stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set handlers.
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser(arguments[0] if arguments else None)
+    args = parser.parse_args(arguments)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
+    code: int = args.run(args)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are like all others: one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="raqu-onnx",
+        description="Mixed-precision quantization and mapping of ONNX models for chips made of RRAM crossbars.",
+        epilog="`raqu-onnx COMMAND --help` tells more about one command. `raqu-onnx demo` shows it all.",
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for name, help_text in _COMMANDS.items():
+        if name == chosen:
+            importlib.import_module(f"raqu_onnx.cli.{name}").add_parser(commands)
+        else:
+            commands.add_parser(name, help=help_text)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"raqu-onnx {version('raqu-onnx')}")
+        parser.exit()

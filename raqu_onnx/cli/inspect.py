@@ -1,0 +1,80 @@
+"""`raqu-onnx inspect`: the tiling of a model on a chip, without search."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from raqu_onnx.cli.options import add_common, print_json, start_logging
+
+if TYPE_CHECKING:
+    from raqu_onnx.inspection import Inspection
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `inspect` to the command line."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show the tiling of a model on a chip, without search",
+        description="Show how every Conv, ConvTranspose, Gemm and MatMul is cut into crossbars at one width, and why a "
+        "node stays in float. No data is needed and no weight is read.",
+    )
+    parser.add_argument("model", metavar="MODEL.onnx", help="the model")
+    parser.add_argument("--hw", default="generic", metavar="NAME|FILE", help="chip or TOML file (default: generic)")
+    parser.add_argument("--weight-bits", default=8, type=int, metavar="N", help="width of all weights (default: 8)")
+    add_common(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from raqu_onnx.errors import ConfigError
+    from raqu_onnx.inspection import inspect
+
+    start_logging(args)
+    if not 2 <= args.weight_bits <= 8:
+        raise ConfigError(f"--weight-bits: {args.weight_bits} is out of range: widths are 2 to 8")
+    result = inspect(args.model, args.hw, weight_bits=args.weight_bits)
+    if args.format == "json":
+        print_json(_to_json(result))
+    else:
+        from raqu_onnx.cli.tables import print_inspection
+
+        print_inspection(result)
+    return 0
+
+
+def _to_json(result: Inspection) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "chip": result.chip.name,
+        "weight_bits": result.weight_bits,
+        "nodes": [
+            {
+                "name": item.node.name,
+                "op_type": item.node.op_type,
+                "groups": item.node.layout.groups,
+                "rows": item.node.layout.rows,
+                "kernels": item.node.layout.kernels,
+                "mvms": item.node.mvms,
+                "crossbars": item.crossbars,
+                "cells": item.cells,
+                "utilization": item.utilization,
+            }
+            for item in result.nodes
+        ],
+        "unmapped": [vars(node) for node in result.unmapped],
+        "exclusive": _totals(result.exclusive),
+        "packed": _totals(result.packed),
+        "fits": result.fits,
+    }
+
+
+def _totals(placement: Any) -> dict[str, Any]:
+    return {
+        "crossbars": placement.crossbars,
+        "crossbars_by_type": list(placement.crossbars_by_type),
+        "cell_utilization": placement.cell_utilization,
+        "bit_utilization": placement.bit_utilization,
+    }

@@ -1,0 +1,200 @@
+"""`raqu-onnx optimize`: the main job."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raqu_onnx.cli.options import add_common, print_json, start_logging
+
+if TYPE_CHECKING:
+    from raqu_onnx.config import OptimizeConfig
+
+__all__ = ["add_parser", "run_optimize"]
+
+_DESCRIPTION = """\
+Choose the bits of every layer so that a chip's crossbars are full and the
+accuracy stays; write a QDQ model that any onnxruntime runs, and a manifest that
+says which weight sits in which cell.
+"""
+_EPILOG = """\
+With no goal given, the fewest crossbars within 0.5 points of float are sought.
+DATA is an .npz (arrays by input name, and `labels`), an .npy, a folder of
+pictures, or file.py:function that yields feeds.
+
+exit codes: 0 done; 1 ran, but the goal was not met; 2 bad usage, model, chip or
+data; 130 interrupted
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `optimize` to the command line."""
+    parser = subparsers.add_parser(
+        "optimize",
+        help="quantize a model for a chip, map it, write model and manifest",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="the trained float model")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder for the results (default: MODEL-raqu)")
+    parser.add_argument("--config", metavar="FILE.toml", help="settings; options given here win over it")
+    parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
+    parser.add_argument("--no-progress", action="store_true", help="draw no progress even on a terminal")
+    add_common(parser)
+    _add_data(parser.add_argument_group("data"))
+    _add_goal(parser.add_argument_group("chip and goal"))
+    _add_method(parser.add_argument_group("method"))
+    _add_pipeline(parser.add_argument_group("pipeline"))
+    parser.set_defaults(run=_run)
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--calibration", metavar="DATA", help="inputs that ranges are measured on (default: synthetic)")
+    group.add_argument("--selection", metavar="DATA", help="data that bits are chosen on (default: half of the above)")
+    group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
+    group.add_argument("--calibration-samples", type=int, metavar="N", help="most samples used (default: 512)")
+    group.add_argument("--picture-size", metavar="HxW", help="size of pictures from folders (default: the model's)")
+    group.add_argument("--picture-mean", metavar="M[,M,M]", help="subtracted from pictures in 0..1 (default: 0)")
+    group.add_argument("--picture-std", metavar="S[,S,S]", help="divides pictures after that (default: 1)")
+    group.add_argument("--picture-layout", choices=["nchw", "nhwc"], help="axis order of the input (default: nchw)")
+
+
+def _add_goal(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--hw", metavar="NAME|FILE", help="built-in chip or TOML file (default: generic)")
+    group.add_argument("--max-crossbars", type=int, metavar="N", help="lose least within N crossbars")
+    group.add_argument(
+        "--max-accuracy-drop",
+        type=float,
+        metavar="POINTS",
+        help="use the fewest crossbars within POINTS (hundredths) of float",
+    )
+    group.add_argument("--weight-bits", metavar="N|N-M", help="width, 2 to 8; a range is searched (default: 2-8)")
+    group.add_argument(
+        "--activation-bits", metavar="N|N-M|float", help="width, 2 to 8; a range is searched (default: 8)"
+    )
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--weight-method", choices=["nearest", "mse", "gptq", "sequential"], help="default: sequential")
+    group.add_argument("--fit-samples", type=int, metavar="N", help="samples weights are fitted on (default: 256)")
+    group.add_argument("--activation-range", choices=["min-max", "percentile", "mse"], help="ranges (default: mse)")
+    group.add_argument("--evaluations", type=int, metavar="N", help="candidates of the Bayesian stage (default: 24)")
+    group.add_argument(
+        "--sensitivity-samples", type=int, metavar="N", help="samples per sensitivity measurement (default: 256)"
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="samples per run (default: 64)")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of onnxruntime (default: all)")
+
+
+def _add_pipeline(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--passes", metavar="A,B{OPT=VALUE}", help="run these passes; `raqu-onnx passes` lists them")
+    group.add_argument("--skip", action="append", metavar="PASS", help="leave a pass out (may be repeated)")
+    group.add_argument("--dump-after", action="append", metavar="PASS", help="write the model after a pass to dumps/")
+    group.add_argument("--time-passes", action="store_true", help="print the time of every pass")
+    group.add_argument("--cells", action="store_true", default=None, help="also write every programmed cell, cells.npz")
+
+
+_SETTINGS = (
+    "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
+    "max_accuracy_drop", "weight_bits", "activation_bits", "weight_method", "activation_range", "evaluations",
+    "sensitivity_samples", "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
+)  # fmt: skip
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    values = {key: getattr(args, key) for key in _SETTINGS}
+    pictures = {
+        "size": _numbers(args.picture_size, "x", int, "--picture-size"),
+        "mean": _numbers(args.picture_mean, ",", float, "--picture-mean"),
+        "std": _numbers(args.picture_std, ",", float, "--picture-std"),
+        "layout": args.picture_layout,
+    }
+    given = {key: value for key, value in pictures.items() if value is not None}
+    values["pictures"] = given or None
+    return values
+
+
+def _numbers(text: str | None, separator: str, kind: type, option: str) -> tuple[Any, ...] | None:
+    from raqu_onnx.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(separator))
+    except ValueError as error:
+        raise ConfigError(f"{option}: {text!r} cannot be read; separate numbers with {separator!r}") from error
+
+
+def _run(args: argparse.Namespace) -> int:
+    from raqu_onnx.config import load_config, to_toml
+    from raqu_onnx.errors import ConfigError
+
+    start_logging(args)
+    config = load_config(args.config, _overrides(args))
+    if args.show_config:
+        print(to_toml(config), end="")
+        return 0
+    if config.model is None:
+        raise ConfigError("no model is given: name an ONNX file, as in `raqu-onnx optimize model.onnx`")
+    if config.output is None:
+        model = Path(config.model)
+        config = config.model_copy(update={"output": str(model.parent / f"{model.stem}-raqu")})
+    if args.dry_run:
+        return _dry_run(config, args)
+    return run_optimize(config, args)
+
+
+def run_optimize(config: OptimizeConfig, args: argparse.Namespace) -> int:
+    """Run a configuration whose model and output are set, and print the result.
+
+    Args:
+        config: The settings.
+        args: Needs `format`, `quiet`, `no_progress`, `force` and `time_passes`.
+    """
+    from raqu_onnx.cli.tables import print_result, print_timings
+    from raqu_onnx.optimization import optimize
+    from raqu_onnx.progress import show_progress
+
+    with show_progress(enabled=not (args.no_progress or args.quiet)) as progress:
+        result = optimize(str(config.model), config.output, config=config, force=args.force, progress=progress)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.format == "json":
+        print_json(result.to_json())
+    else:
+        print_result(result)
+    if args.time_passes:
+        print_timings(result)
+    if result.exit_code:
+        print("the goal was not met; see the figures above", file=sys.stderr)
+    return result.exit_code
+
+
+def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
+    """Open everything, write nothing, say what would be done."""
+    from raqu_onnx.optimization import plan
+
+    steps = plan(str(config.model), config.output, config=config, force=args.force)
+    if args.format == "json":
+        print_json({"schema_version": 1, **steps})
+        return 0
+    print(
+        f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} in float"
+    )
+    print(f"chip         {steps['chip']}: {steps['uniform_8_bit_crossbars']} crossbars at 8 bits, packed")
+    print(f"calibration  {steps['calibration']}")
+    print(f"selection    {steps['selection']}")
+    print(f"evaluation   {steps['evaluation']}")
+    print(f"goal         {steps['goal']}")
+    print(f"passes       {', '.join(steps['passes'])}")
+    print(f"output       {shlex.quote(str(config.output))} (not written: dry run)")
+    for warning in steps["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0

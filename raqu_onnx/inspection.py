@@ -1,0 +1,132 @@
+"""The tiling of a model on a chip, without data, search or reading a single weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raqu_onnx.annotations import MAPPED, mapped_nodes, unmapped_nodes
+from raqu_onnx.errors import naming_model
+from raqu_onnx.hardware import Chip, load_chip
+from raqu_onnx.model_io import load_model
+from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
+from raqu_onnx.passes.tidy import TidyPass
+from raqu_onnx.placement import DoesNotFitError, Placement, place
+from raqu_onnx.tiling import Matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import onnx
+    import onnx_ir as ir
+
+    from raqu_onnx.hardware import Sharing
+    from raqu_onnx.layout import MappedNode
+    from raqu_onnx.mapping import UnmappedNode
+
+__all__ = ["Inspection", "NodeTiling", "inspect", "place_anyway"]
+
+
+@dataclass(frozen=True)
+class NodeTiling:
+    """One mapped node on a chip, alone in its crossbars.
+
+    Attributes:
+        node: The node.
+        crossbars: Crossbars that it takes.
+        cells: Cells that its weights program.
+        utilization: Programmed cells over cells of those crossbars.
+    """
+
+    node: MappedNode
+    crossbars: int
+    cells: int
+    utilization: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model takes on a chip at one width for all weights.
+
+    Attributes:
+        chip: The chip.
+        weight_bits: The width.
+        nodes: Every mapped node, one node per crossbar.
+        unmapped: Nodes that stay in float, with reasons.
+        exclusive: All nodes placed with one node per crossbar.
+        packed: All nodes placed as the chip allows.
+        fits: The packed placement stays within the chip's counts.
+    """
+
+    chip: Chip
+    weight_bits: int
+    nodes: tuple[NodeTiling, ...]
+    unmapped: tuple[UnmappedNode, ...]
+    exclusive: Placement
+    packed: Placement
+    fits: bool
+
+
+def inspect(
+    model: str | Path | onnx.ModelProto | ir.Model, chip: Chip | str = "generic", *, weight_bits: int = 8
+) -> Inspection:
+    """Tile every Conv, ConvTranspose, Gemm and MatMul of a model.
+
+    Args:
+        model: Path, or a model in memory, which is not changed. Weights are not read.
+        chip: A chip, the name of a built-in one, or a TOML file.
+        weight_bits: Width of all weights, 2 to 8.
+
+    Raises:
+        ModelError: The model cannot be read, or has no node to map.
+        ChipError: The chip file is wrong, or one kernel is wider than a crossbar.
+    """
+    with naming_model(model):
+        loaded = TidyPass()(load_model(model, check_weights=False)).model
+        AnnotateTilingPass()(loaded)
+    hardware = chip if isinstance(chip, Chip) else load_chip(chip)
+    nodes = [MAPPED.require(node) for node in mapped_nodes(loaded)]
+    matrices = {node.name: Matrix.of(node.layout, weight_bits) for node in nodes}
+    packed, fits = place_anyway(matrices, hardware, hardware.sharing)
+    exclusive, _ = place_anyway(matrices, hardware, "exclusive")
+    return Inspection(
+        chip=hardware,
+        weight_bits=weight_bits,
+        nodes=tuple(_alone(nodes, exclusive)),
+        unmapped=tuple(unmapped_nodes(loaded)),
+        exclusive=exclusive,
+        packed=packed,
+        fits=fits,
+    )
+
+
+def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -> tuple[Placement, bool]:
+    """Place a model within a chip's counts, or, where it does not fit, with as many crossbars as it takes.
+
+    Args:
+        matrices: Weights by node name.
+        chip: The chip.
+        sharing: The sharing mode.
+
+    Returns:
+        The placement, and whether it stays within the counts.
+
+    Raises:
+        ChipError: A kernel fits no crossbar type.
+    """
+    try:
+        return place(matrices, chip, sharing=sharing), True
+    except DoesNotFitError:
+        return place(matrices, chip, sharing=sharing, ignore_counts=True), False
+
+
+def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTiling]:
+    slots: dict[str, set[int]] = {node.name: set() for node in nodes}
+    for block in exclusive.blocks:
+        slots[block.node].add(block.crossbar)
+    for node in nodes:
+        shape = exclusive.geometries[exclusive.types_by_node[node.name]]
+        cells = exclusive.matrices[node.name].cells(shape.encoding)
+        taken = len(slots[node.name])
+        yield NodeTiling(node, taken * shape.encoding.arrays_per_placement, cells, cells / (taken * shape.cells))

@@ -1,0 +1,392 @@
+"""The main job as one function: a trained model and a chip in, a result folder out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from raqu_onnx.annotations import (
+    PLACEMENT,
+    QUANTIZED,
+    QUANTIZER,
+    SEARCH,
+    VALIDATION,
+    NodeBits,
+    mapped_nodes,
+    unmapped_nodes,
+)
+from raqu_onnx.config import OptimizeConfig
+from raqu_onnx.data import open_dataset, split, synthetic_dataset, take
+from raqu_onnx.errors import CheckError, ModelError, naming_model
+from raqu_onnx.evaluation import collect, make_session, score
+from raqu_onnx.hardware import Chip, load_chip
+from raqu_onnx.inspection import inspect, place_anyway
+from raqu_onnx.model_io import load_model, model_digest, model_inputs, save_model, to_proto
+from raqu_onnx.output import check_output, staged_folder
+from raqu_onnx.passes.write_manifest import MODEL_FILE
+from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
+from raqu_onnx.results import Figures, OptimizeResult
+from raqu_onnx.search import no_progress
+from raqu_onnx.simulation import Simulator
+from raqu_onnx.tiling import Matrix
+
+if TYPE_CHECKING:
+    import onnx
+
+    from raqu_onnx.data import Dataset, DataSource
+    from raqu_onnx.evaluation import Outputs, Score
+    from raqu_onnx.hardware import Sharing
+    from raqu_onnx.quantizer import ModelQuantizer
+    from raqu_onnx.search import Goal, ProgressCallback, SearchResult, UniformBaseline
+
+__all__ = ["REPORT_FILE", "optimize", "plan"]
+
+REPORT_FILE = "report.json"
+_DUMPS = "dumps"
+_SYNTHETIC_SAMPLES = 64
+_QUANTIZED_OPS = ("QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+def optimize(
+    model: str | Path | onnx.ModelProto | ir.Model,
+    output: str | Path | None = None,
+    *,
+    calibration: DataSource | None = None,
+    selection: DataSource | None = None,
+    evaluation: DataSource | None = None,
+    chip: Chip | str | None = None,
+    config: OptimizeConfig | None = None,
+    force: bool = False,
+    progress: ProgressCallback = no_progress,
+) -> OptimizeResult:
+    """Quantize a model for a chip, map it, and write model, manifest and report into a folder.
+
+    Args:
+        model: Path, or a model in memory, which is not changed.
+        output: Folder to write; with None here and in `config` nothing is written.
+        calibration: Inputs that ranges are measured on; wins over `config`, like the next ones. Without any, synthetic
+            inputs are used and the result says so.
+        selection: Data that widths are chosen on; without any, a part of the calibration data is set aside.
+        evaluation: Data that the result is reported on.
+        chip: A chip, the name of a built-in one, or a TOML file.
+        config: Settings.
+        force: Replace files of an earlier run in `output`.
+        progress: Told of every step of long passes.
+
+    Returns:
+        The figures of float, baselines and ours, the search and all checks.
+
+    Raises:
+        RaquError: Model, chip, data, settings or output are not usable; nothing has been written.
+    """
+    # Loaded before the limit below, which reaches only libraries that are in memory: scipy has a BLAS of its own.
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import threadpool_limits
+
+    settings = (config or OptimizeConfig()).given(
+        model=model,
+        hw=chip.name if isinstance(chip, Chip) else chip,
+        calibration=calibration,
+        selection=selection,
+        evaluation=evaluation,
+    )
+    folder = _path(output or settings.output)
+    path = model if isinstance(model, str | Path) else None
+    if folder is not None:
+        check_output(folder, force=force, source=_path(path))
+    # Many small matrix products: threads of BLAS and onnxruntime would fight for the same cores.
+    with naming_model(model), threadpool_limits(1, user_api="blas"), staged_folder(folder) as staging:
+        loaded = load_model(model)
+        _refuse_quantized(loaded, model)
+        hardware = chip if isinstance(chip, Chip) else load_chip(chip or settings.hw)
+        data = _open_data(loaded, settings, calibration, selection, evaluation)
+        digest = None if path is None else model_digest(path)
+        resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress)
+        run = _Run(loaded, settings, resources, data)
+        return run.execute(folder)
+
+
+def plan(
+    model: str | Path, output: str | Path | None, *, config: OptimizeConfig, force: bool = False
+) -> dict[str, Any]:
+    """Open and check all that a run needs, and say what it would do; nothing is written.
+
+    Raises:
+        RaquError: As `optimize` would.
+    """
+    folder = _path(output or config.output)
+    if folder is not None:
+        check_output(folder, force=force, source=Path(model))
+    with naming_model(model):
+        loaded = load_model(model)
+        _refuse_quantized(loaded, model)
+        hardware = load_chip(config.hw)
+        data = _open_data(loaded, config, None, None, None)
+        passes = build_pipeline(config, Resources(hardware, data.calibration, data.selection, Path()))
+        seen = inspect(loaded, hardware)
+    return {
+        "mapped_nodes": len(seen.nodes),
+        "unmapped_nodes": len(seen.unmapped),
+        "chip": hardware.name,
+        "uniform_8_bit_crossbars": seen.packed.crossbars,
+        "calibration": _describe(data.calibration),
+        "selection": _describe(data.selection),
+        "evaluation": "none" if data.evaluation is None else _describe(data.evaluation),
+        "goal": _goal(config.goal),
+        "passes": [str(getattr(item, "name", item)) for item in passes],
+        "warnings": list(data.warnings),
+    }
+
+
+def _goal(goal: Goal) -> str:
+    within = f"within {goal.max_accuracy_drop:g} points of float" if goal.max_accuracy_drop is not None else ""
+    if goal.max_crossbars is None:
+        return f"fewest crossbars {within}"
+    return f"least loss within {goal.max_crossbars} crossbars" + (f", {within}" if within else "")
+
+
+def _describe(dataset: Dataset) -> str:
+    size = "?" if dataset.size is None else str(dataset.size)
+    kind = "synthetic" if dataset.synthetic else dataset.name
+    return f"{kind}, {size} samples, {'with' if dataset.has_labels else 'without'} labels"
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _refuse_quantized(model: ir.Model, source: object) -> None:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type in _QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+            where = source if isinstance(source, str | Path) else "the model"
+            raise ModelError(
+                f"{where}: it is already quantized (node {node.name or '?'}, {node.op_type}); give the float model"
+            )
+
+
+@dataclass(frozen=True)
+class _Data:
+    calibration: Dataset
+    selection: Dataset
+    evaluation: Dataset | None
+    warnings: tuple[str, ...]
+
+
+def _open_data(
+    model: ir.Model,
+    settings: OptimizeConfig,
+    calibration: DataSource | None,
+    selection: DataSource | None,
+    evaluation: DataSource | None,
+) -> _Data:
+    inputs = model_inputs(model)
+    warnings: list[str] = []
+
+    def opened(source: DataSource | None, configured: str | None) -> Dataset | None:
+        wanted = source if source is not None else configured
+        return None if wanted is None else open_dataset(wanted, inputs, pictures=settings.pictures)
+
+    ranges = opened(calibration, settings.calibration)
+    choice = opened(selection, settings.selection)
+    report = opened(evaluation, settings.evaluation)
+    seen = [item.digest for item in (ranges, choice) if item is not None]
+    if ranges is None:
+        ranges = synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed)
+        warnings.append(
+            "no calibration data: ranges come from synthetic inputs, so the accuracy on real data is unknown and "
+            "probably poor; give real inputs with --calibration"
+        )
+        choice = choice or synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed + 1)
+    elif choice is None:
+        ranges, choice = split(ranges, 0.5, settings.seed)
+        warnings.append(
+            f"no selection data: widths are chosen on half of {ranges.name}, which calibration then does not see"
+        )
+    if report is None:
+        warnings.append("no evaluation data: figures are of the selection data, on which widths were chosen")
+    elif report.digest in seen:
+        warnings.append("evaluation data is the calibration or selection data: its accuracy is too good to be true")
+    return _Data(take(ranges, settings.calibration_samples), choice, report, tuple(warnings))
+
+
+class _Run:
+    """One run of the pipeline and what is asked of it afterwards."""
+
+    def __init__(self, model: ir.Model, settings: OptimizeConfig, resources: Resources, data: _Data) -> None:
+        self.model = model
+        self.settings = settings
+        self.resources = resources
+        self.data = data
+
+    def execute(self, folder: Path | None) -> OptimizeResult:
+        passes = build_pipeline(self.settings, self.resources)
+        staging = self.resources.folder
+        float_proto = to_proto(self.model)
+        model, timings = run_pipeline(self.model, passes, dump_after=self.settings.dump_after, dumps=staging / _DUMPS)
+        validation = VALIDATION.get(model)
+        if validation is not None and not validation.passed:
+            failed = "; ".join(f"{check.name}: {check.detail}" for check in validation.failures)
+            raise CheckError(f"the emitted files failed their own check, nothing was written: {failed}")
+        if not (staging / MODEL_FILE).exists():
+            # A pipeline that ends early still yields its model.
+            save_model(model, staging / MODEL_FILE)
+        figures, levels = self._figures(model, float_proto)
+        placement = PLACEMENT.get(model)
+        result = OptimizeResult(
+            output=folder,
+            figures=figures,
+            search=SEARCH.get(model),
+            validation=validation,
+            levels=levels,
+            lower_bound=None if placement is None else placement.lower_bound,
+            unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
+            warnings=self.data.warnings,
+            timings=tuple(timings),
+            bits=_bits_by_node(model),
+        )
+        self._write_report(result)
+        return result
+
+    def _write_report(self, result: OptimizeResult) -> None:
+        # Times differ from run to run; files must not.
+        content = {key: value for key, value in result.to_json().items() if key not in ("seconds", "output")}
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        (self.resources.folder / REPORT_FILE).write_text(text, encoding="utf-8")
+
+    # --- figures ----------------------------------------------------------------------------------------------
+
+    def _figures(self, model: ir.Model, float_proto: onnx.ModelProto) -> tuple[tuple[Figures, ...], dict[str, Score]]:
+        placement, found = PLACEMENT.get(model), SEARCH.get(model)
+        if placement is None:
+            return (), {}
+        quantizer = QUANTIZER.require(model)
+        judge = _Judge(self, float_proto, quantizer)
+        rows = [
+            Figures(
+                "float", None, None, None, None, None,
+                None if found is None else found.reference,
+                judge.reference_score,
+            )
+        ]  # fmt: skip
+        rows += _baseline_rows(found, judge, quantizer, self.resources.chip)
+        levels = judge.levels(self.resources.folder / MODEL_FILE)
+        weights, activations = _mean_bits(model)
+        rows.append(
+            Figures(
+                "ours",
+                weights,
+                activations,
+                placement.crossbars,
+                placement.cell_utilization,
+                placement.bit_utilization,
+                None if found is None else found.chosen.score,
+                levels.get("enable-all"),
+            )
+        )
+        return tuple(rows), levels
+
+
+class _Judge:
+    """Scores on the evaluation data; all None without any."""
+
+    def __init__(self, run: _Run, float_proto: onnx.ModelProto, quantizer: ModelQuantizer) -> None:
+        self._dataset = run.data.evaluation
+        self._settings = run.settings
+        self._quantizer = quantizer
+        self._progress = run.resources.progress
+        self._proto = float_proto
+        self._reference: Outputs | None = None
+        self._simulator: Simulator | None = None
+        self.reference_score: Score | None = None
+        if self._dataset is not None:
+            session = make_session(float_proto.SerializeToString(), threads=run.settings.threads)
+            self._reference = collect(session, self._dataset, run.settings.batch_size)
+            self.reference_score = score(self._reference, self._reference)
+
+    def uniform(self, baseline: UniformBaseline) -> Score | None:
+        """Score of one width for the whole model."""
+        if self._dataset is None:
+            return None
+        self._progress(f"evaluating uniform {baseline.weight_bits} bits", 0, 1)
+        if self._simulator is None:
+            nodes = [source.node for source in self._quantizer.sources.values()]
+            self._simulator = Simulator(
+                _tidied(self._proto),
+                nodes,
+                threads=self._settings.threads,
+                float_activations=baseline.activation_bits is None,
+            )
+        bits = NodeBits(baseline.weight_bits, baseline.activation_bits)
+        quantized = self._quantizer.quantize_model(dict.fromkeys(self._quantizer.sources, bits))
+        outputs = self._simulator.run(quantized, self._dataset.batches(self._settings.batch_size))
+        return score(outputs, self._reference)
+
+    def levels(self, path: Path) -> dict[str, Score]:
+        """Score of the emitted file at both optimization levels."""
+        if self._dataset is None:
+            return {}
+        scores: dict[str, Score] = {}
+        for level in ("disable-all", "enable-all"):
+            self._progress(f"evaluating the emitted model, {level}", 0, 1)
+            session = make_session(path, level=level, threads=self._settings.threads)
+            scores[level] = score(collect(session, self._dataset, self._settings.batch_size), self._reference)
+        return scores
+
+
+def _tidied(proto: onnx.ModelProto) -> ir.Model:
+    from raqu_onnx.passes.tidy import TidyPass
+
+    model: ir.Model = TidyPass()(load_model(proto, check_weights=False)).model
+    return model
+
+
+def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip) -> list[Figures]:
+    if found is None or not found.baselines:
+        return []
+    baselines = [found.baselines[0]]
+    if found.best_uniform is not None and found.best_uniform is not found.baselines[0]:
+        baselines.append(found.best_uniform)
+    rows: list[Figures] = []
+    modes: tuple[tuple[str, Sharing], ...] = (("unpacked", "exclusive"), ("packed", chip.sharing))
+    for item in baselines:
+        kind = "best uniform" if item is found.best_uniform else "uniform"
+        evaluation = judge.uniform(item)
+        matrices = {name: Matrix.of(source.node.layout, item.weight_bits) for name, source in quantizer.sources.items()}
+        for label, mode in modes:
+            placed, _ = place_anyway(matrices, chip, mode)
+            rows.append(
+                Figures(
+                    f"{kind} {item.weight_bits}-bit, {label}",
+                    item.weight_bits,
+                    item.activation_bits,
+                    placed.crossbars,
+                    placed.cell_utilization,
+                    placed.bit_utilization,
+                    item.score,
+                    evaluation,
+                )
+            )
+    return rows
+
+
+def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:
+    found: dict[str, tuple[float, int | None]] = {}
+    for node in model.graph:
+        quantized = QUANTIZED.get(node)
+        if quantized is not None:
+            activation = None if quantized.activation is None else quantized.activation.bits
+            found[quantized.node.name] = (float(quantized.bits.mean()), activation)
+    return found
+
+
+def _mean_bits(model: ir.Model) -> tuple[float, float | None]:
+    """Mean bits per weight, and mean bits of the inputs of mapped nodes."""
+    quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
+    sizes = [Matrix.of(item.node.layout, item.bits) for item in quantized]
+    weights = sum(matrix.weight_bits for matrix in sizes) / sum(matrix.rows * matrix.bits.size for matrix in sizes)
+    activations = [item.activation.bits for item in quantized if item.activation is not None]
+    return weights, sum(activations) / len(activations) if activations else None

@@ -1,0 +1,150 @@
+"""Writing a result folder whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raqu_onnx.errors import OutputError, RaquError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["RESULT_FILES", "check_output", "staged_folder"]
+
+#: What a run may write at the top of its folder; those that a new run does not write would contradict it.
+RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json")
+
+
+def check_output(folder: Path, *, force: bool, source: Path | None = None) -> None:
+    """Refuse early what could not be written at the end.
+
+    Args:
+        folder: Where the results will go.
+        force: Files of an earlier run may be replaced.
+        source: The model that is read, which must not be replaced.
+
+    Raises:
+        OutputError: The folder exists and `force` is not given, or it is a file, or it cannot be written, or writing
+            would replace the source model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: it is a file; name a folder with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise OutputError(f"{folder}: it exists; name another folder with -o, or replace its files with --force")
+    if source is not None and source.resolve() in {folder.resolve() / name for name in RESULT_FILES}:
+        raise OutputError(f"{folder}: the results would replace the model {source}; name another folder with -o")
+    parent = _nearest_folder(folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: {parent} is not writable; name another folder with -o")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    absolute = path.absolute()
+    for parent in (absolute, *absolute.parents):
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError(f"{path}: {parent} is a file; name another folder with -o")
+            return parent
+    return Path(absolute.anchor)
+
+
+@contextmanager
+def staged_folder(folder: Path | None) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder` when the block ends without an error.
+
+    It lies in the target, or beside it where there is none yet: on the same disk, so that moving is renaming. Files of
+    an earlier run that have no counterpart are removed; others stay. Without a target nothing is kept.
+
+    Raises:
+        OutputError: The disk is full or a folder cannot be written; the target is as it was.
+    """
+    parent = Path(tempfile.gettempdir()) if folder is None else _nearest_folder(folder)
+    where = folder or parent
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".raqu-", suffix=".part", dir=parent))
+    except OSError as error:
+        raise OutputError(
+            f"{where}: cannot write in {parent}: {error.strerror}; name another folder with -o"
+        ) from error
+    fresh = staging / "new"
+    try:
+        fresh.mkdir()
+        yield fresh
+        if folder is not None:
+            _Publication(fresh, staging / "old", folder).publish()
+    except OSError as error:
+        raise OutputError(f"{where}: cannot write: {error.strerror or error}; free some room or use -o") from error
+    except RaquError as error:
+        if str(fresh) not in str(error):
+            raise
+        # The user knows the target, not where files wait.
+        raise type(error)(str(error).replace(str(fresh), str(where))) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Publication:
+    """Moves files into a folder; what they replace is kept until all have arrived."""
+
+    def __init__(self, fresh: Path, kept: Path, folder: Path) -> None:
+        self._fresh = fresh
+        self._kept = kept
+        self._folder = folder
+        self._undo: list[tuple[Path, Path | None]] = []
+        self._made: list[Path] = []
+
+    def publish(self) -> None:
+        try:
+            self._move_all()
+        except BaseException:
+            self._restore()
+            raise
+
+    def _move_all(self) -> None:
+        self._make(self._folder)
+        items = sorted(self._fresh.rglob("*"))
+        names = {item.relative_to(self._fresh) for item in items}
+        for stale in map(Path, RESULT_FILES):
+            if stale not in names and (self._folder / stale).is_file():
+                self._set_aside(stale)
+        for item in items:
+            name = item.relative_to(self._fresh)
+            if item.is_dir():
+                self._make(self._folder / name)
+            else:
+                self._set_aside(name)
+                self._undo.append((self._folder / name, None))
+                item.rename(self._folder / name)
+
+    def _make(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._made.append(path)
+        if not folder.is_dir():
+            raise OutputError(f"{folder}: it is a file where a folder must be; name another folder with -o")
+
+    def _set_aside(self, name: Path) -> None:
+        target, kept = self._folder / name, self._kept / name
+        if target.is_dir() and not target.is_symlink():
+            raise OutputError(f"{target}: it is a folder where a file must be; name another folder with -o")
+        if os.path.lexists(target):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            self._undo.append((target, kept))
+            target.rename(kept)
+
+    def _restore(self) -> None:
+        for target, kept in reversed(self._undo):
+            if kept is None:
+                target.unlink(missing_ok=True)
+            elif os.path.lexists(kept):
+                kept.rename(target)
+        for path in reversed(self._made):
+            with suppress(OSError):
+                path.rmdir()

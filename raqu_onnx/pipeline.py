@@ -1,0 +1,292 @@
+"""The default pipeline, pipelines given as text, and how they are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import onnx_ir as ir
+
+from raqu_onnx.data import take
+from raqu_onnx.errors import ConfigError, ModelError, RaquError
+from raqu_onnx.manifest import DataProvenance
+from raqu_onnx.passes import PASSES
+from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
+from raqu_onnx.passes.calibrate import CalibratePass
+from raqu_onnx.passes.check import CheckPass
+from raqu_onnx.passes.insert_qdq import InsertQDQPass
+from raqu_onnx.passes.place_crossbars import PlaceCrossbarsPass
+from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
+from raqu_onnx.passes.search_bits import SearchBitsPass
+from raqu_onnx.passes.tidy import TidyPass
+from raqu_onnx.passes.write_manifest import WriteManifestPass
+from raqu_onnx.search import no_progress
+
+if TYPE_CHECKING:
+    from raqu_onnx.config import OptimizeConfig
+    from raqu_onnx.data import Dataset
+    from raqu_onnx.hardware import Chip
+    from raqu_onnx.search import ProgressCallback
+
+__all__ = [
+    "DEFAULT_PIPELINE",
+    "PassTiming",
+    "Resources",
+    "build_pipeline",
+    "default_pipeline",
+    "pass_options",
+    "run_pipeline",
+]
+
+logger = logging.getLogger(__name__)
+
+# Samples of the selection data that the emitted model is run on at both optimization levels.
+_CHECKED_SAMPLES = 16
+
+#: Names of the default pipeline's passes, in order.
+DEFAULT_PIPELINE = (
+    "tidy",
+    "annotate-tiling",
+    "calibrate",
+    "search-bits",
+    "quantize-weights",
+    "insert-qdq",
+    "place-crossbars",
+    "write-manifest",
+    "check",
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What passes work with, besides the model and the settings.
+
+    Attributes:
+        chip: The chip.
+        calibration: Data that ranges are measured on.
+        selection: Data that widths are chosen on.
+        folder: Where files are written; published by the caller when all passes have succeeded.
+        source_sha256: Digest of the source model.
+        progress: Told of every step of long passes.
+    """
+
+    chip: Chip
+    calibration: Dataset
+    selection: Dataset
+    folder: Path
+    source_sha256: str | None = None
+    progress: ProgressCallback = no_progress
+
+
+@dataclass(frozen=True)
+class PassTiming:
+    """Wall time of one pass in seconds."""
+
+    name: str
+    seconds: float
+
+
+def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.passes.PassBase]:
+    """Passes of a whole run, in order."""
+    chip = resources.chip
+    bits, activation_bits = config.search_settings.widest
+    return [
+        # Constants folded, BatchNormalization gone, every node named, shapes known.
+        TidyPass(),
+        # Which nodes crossbars compute, and why others stay in float.
+        AnnotateTilingPass(),
+        # Ranges and second moments of the inputs of those nodes.
+        CalibratePass(
+            resources.calibration,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            moments=config.weight_method != "nearest",
+        ),
+        # Bits of every node, judged on data that calibration has not seen.
+        SearchBitsPass(
+            chip,
+            resources.selection,
+            config.goal,
+            config.search_settings,
+            config.weight_method,
+            config.activation_range,
+            config.fit_samples,
+            resources.progress,
+        ),
+        # Integer codes, scales and biases at those bits.
+        QuantizeWeightsPass(
+            chip.encoding,
+            weight_bits=bits,
+            activation_bits=activation_bits,
+            weight_method=config.weight_method,
+            activation_range=config.activation_range,
+            fit_samples=config.fit_samples,
+            threads=config.threads,
+        ),
+        # The integers written into the graph.
+        InsertQDQPass(),
+        # A place for every block of weights.
+        PlaceCrossbarsPass(chip),
+        # Model, manifest and cells as files.
+        WriteManifestPass(
+            resources.folder,
+            configuration=config.model_dump(mode="json", by_alias=True, exclude={"output", "threads"}),
+            seed=config.seed,
+            cells=config.cells,
+            source_sha256=resources.source_sha256,
+            calibration=_provenance(resources.calibration),
+            selection=_provenance(resources.selection),
+        ),
+        # The files read back as a stranger would, every invariant, both optimization levels.
+        CheckPass(resources.folder, take(resources.selection, _CHECKED_SAMPLES), threads=config.threads),
+    ]
+
+
+def _provenance(dataset: Dataset) -> DataProvenance:
+    samples = dataset.size
+    if samples is None:
+        # A stream tells its size only to those who read it.
+        samples = sum(batch.size for batch in dataset.batches(64))
+    return DataProvenance(name=dataset.name, digest=dataset.digest, samples=samples, synthetic=dataset.synthetic)
+
+
+def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.passes.PassBase]:
+    """The pipeline that the configuration asks for.
+
+    ``config.passes`` lists passes as ``name`` or ``name{option=value option=value}``, separated by commas.
+
+    Raises:
+        ConfigError: A pass or an option is unknown, or a value has the wrong type.
+    """
+    defaults = {_name(item): item for item in default_pipeline(config, resources)}
+    chosen = list(defaults.values())
+    if config.passes is not None:
+        chosen = [_configured(name, options, defaults) for name, options in _parse(config.passes)]
+    _require_known("skip", config.skip, chosen)
+    chosen = [item for item in chosen if _name(item) not in config.skip]
+    _require_known("dump-after", config.dump_after, chosen)
+    return chosen
+
+
+def _require_known(option: str, wanted: Iterable[str], passes: Iterable[ir.passes.PassBase]) -> None:
+    names = [_name(item) for item in passes]
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"--{option}: pass {name!r} is not in the pipeline; it runs {', '.join(names)}")
+
+
+_ITEM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+def _parse(text: str) -> Iterable[tuple[str, str]]:
+    position = 0
+    if not text.strip():
+        raise ConfigError("--passes: it names no pass; `raqu-onnx passes` lists them")
+    while position < len(text):
+        found = _ITEM.match(text, position)
+        if found is None:
+            raise ConfigError(
+                f"--passes: cannot read {text[position:]!r}; write NAME or NAME{{option=value}}, separated by commas"
+            )
+        yield found[1], found[2] or ""
+        position = found.end()
+
+
+def _configured(name: str, options: str, defaults: dict[str, ir.passes.PassBase]) -> ir.passes.PassBase:
+    if name not in PASSES:
+        raise ConfigError(f"--passes: there is no pass {name!r}; passes are {', '.join(PASSES)}")
+    # Passes that are not in the default pipeline need nothing but their options.
+    make = typing.cast("Callable[[], ir.passes.PassBase]", PASSES[name])
+    base = defaults[name] if name in defaults else make()
+    known = pass_options(PASSES[name])
+    changes: dict[str, Any] = {}
+    for item in re.split(r"[\s,;]+", options.strip()) if options.strip() else ():
+        key, separator, value = item.partition("=")
+        if not separator or key not in known:
+            raise ConfigError(f"--passes: {name} has no option {key!r}; options are {', '.join(known) or 'none'}")
+        changes[key] = _value(PASSES[name], key, value)
+    return dataclasses.replace(base, **changes) if changes else base  # type: ignore[type-var]
+
+
+def _value(pass_type: Callable[..., ir.passes.PassBase], key: str, text: str) -> object:
+    """Read an option as its annotation says."""
+    from pydantic import TypeAdapter, ValidationError
+
+    # The annotation alone: those of other fields may name types that are imported for type checkers only.
+    annotation = next(item.type for item in dataclasses.fields(pass_type) if item.name == key)  # type: ignore[arg-type]
+    holder = type("Option", (), {"__annotations__": {key: annotation}, "__module__": pass_type.__module__})
+    hint = typing.get_type_hints(holder)[key]
+    try:
+        return TypeAdapter(hint).validate_python(None if text == "none" else text)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ConfigError(f"--passes: {pass_type.name}{{{key}={text}}}: {message}") from error  # type: ignore[attr-defined]
+
+
+def pass_options(pass_type: Callable[..., ir.passes.PassBase]) -> dict[str, object]:
+    """Options of a pass that can be given as text, with their defaults."""
+    fields = dataclasses.fields(pass_type)  # type: ignore[arg-type]
+    return {
+        item.name: item.default
+        for item in fields
+        if item.default is not dataclasses.MISSING
+        and (item.default is None or isinstance(item.default, int | float | str))
+    }
+
+
+def _name(item: ir.passes.PassBase) -> str:
+    return str(getattr(item, "name", type(item).__name__))
+
+
+def run_pipeline(
+    model: ir.Model, passes: Iterable[ir.passes.PassBase], *, dump_after: Iterable[str] = (), dumps: Path | None = None
+) -> tuple[ir.Model, list[PassTiming]]:
+    """Run passes one after the other.
+
+    Args:
+        model: The model, changed in place.
+        passes: The passes.
+        dump_after: Names of passes after which the model is written to `dumps`.
+        dumps: A folder for those models, made when first needed.
+
+    Raises:
+        ConfigError: A pass needs one that has not run.
+        RaquError: A pass failed.
+    """
+    from raqu_onnx.model_io import save_model
+
+    wanted = set(dump_after)
+    timings: list[PassTiming] = []
+    for index, item in enumerate(passes):
+        name = _name(item)
+        logger.info("pass %s", name)
+        start = time.perf_counter()
+        try:
+            model = item(model).model
+        except (ir.passes.InvariantError, ir.passes.PassError) as error:
+            _surface(name, error)
+        timings.append(PassTiming(name, time.perf_counter() - start))
+        if name in wanted and dumps is not None:
+            dumps.mkdir(exist_ok=True)
+            save_model(model, dumps / f"{index:02d}-{name}.onnx")
+    return model, timings
+
+
+def _surface(name: str, error: Exception) -> NoReturn:
+    """Raise what a user is told where onnx_ir wraps errors: the one inside if it is ours, else why the pass failed."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, RaquError):
+            raise inner from inner.__cause__
+        inner = inner.__cause__
+    reason = " ".join(str(error.__cause__ or error).split())
+    if isinstance(error, ir.passes.PreconditionError):
+        raise ConfigError(f"pass {name} cannot run: {reason}") from error
+    raise ModelError(f"pass {name} failed on this model: {reason}") from error
