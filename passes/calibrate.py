@@ -36,7 +36,7 @@ class CalibratePass(ir.passes.InPlacePass):
     """Run the float model once over the calibration data and keep what quantization needs.
 
     Before and after: the same graph. Every mapped node gains a `Histogram` of its input, and `InputMoments` of the
-    vectors that drive its wordlines; a node whose MVMs were unknown learns them from the shapes seen.
+    vectors that drive its wordlines; a node whose MVMs are not known for certain learns them from the shapes seen.
 
     Attributes:
         dataset: Calibration data.
@@ -69,8 +69,7 @@ class CalibratePass(ir.passes.InPlacePass):
             HISTOGRAM.set(node, histograms[mapped.input_name])
             if self.moments:
                 MOMENTS.set(node, moments[mapped.name])
-            if mapped.mvms is None:
-                MAPPED.set(node, replace(mapped, mvms=counts[mapped.name]))
+            MAPPED.set(node, replace(mapped, mvms=counts.get(mapped.name, mapped.mvms)))
         return ir.passes.PassResult(model, modified=True)
 
     def _observe(
@@ -81,7 +80,8 @@ class CalibratePass(ir.passes.InPlacePass):
         moments: dict[str, InputMoments],
     ) -> dict[str, int]:
         watched = list(histograms)
-        unsized = [node for node in nodes if node.mvms is None]
+        # The first axis of a matrix need not be the samples': a Reshape before it may have put tokens there as well.
+        unsized = [node for node in nodes if node.mvms is None or node.window is None]
         fetched = [*watched, *dict.fromkeys(node.output_name for node in unsized if node.output_name not in watched)]
         session = make_session(_with_outputs(model, fetched), threads=self.threads)
         counts: dict[str, int] = {}

@@ -72,7 +72,7 @@ class OptimizeConfig(BaseModel):
     evaluation: str | None = Field(None, description="data that the result is reported on", alias="eval")
     pictures: PictureOptions | None = Field(None, description="how pictures of a folder become inputs")
     calibration_samples: int = Field(512, ge=1, strict=True, description="most samples to calibrate on")
-    fit_samples: int = Field(256, ge=1, description="most calibration samples that weights are fitted on")
+    fit_samples: int = Field(256, ge=1, strict=True, description="most calibration samples that weights are fitted on")
     max_crossbars: int | None = Field(None, ge=1, strict=True, description="most crossbars that may be used")
     max_accuracy_drop: float | None = Field(
         None,

@@ -198,17 +198,17 @@ def gather(names: tuple[str, ...], results: Iterable[tuple[Batch, list[NDArray[A
 def score(outputs: Outputs, reference: Outputs | None = None) -> Score:
     """Score outputs against their labels and against those of the float model.
 
-    The first two-dimensional float output is taken as class scores; without one there is no top-1 and no KL, and
-    SQNR over all float outputs stands alone.
+    The first float output of shape (samples, classes), with or without trailing dimensions of 1, is taken as class
+    scores; without one there is no top-1 and no KL, and SQNR over all float outputs stands alone.
     """
     index = _class_scores(outputs)
     top1 = agreement = kl = None
     if index is not None:
-        logits = outputs.outputs[index]
+        logits = _as_table(outputs.outputs[index])
         if outputs.labels is not None and outputs.labels.shape == logits.shape[:1]:
             top1 = float(np.mean(logits.argmax(1) == outputs.labels))
         if reference is not None:
-            expected = reference.outputs[index]
+            expected = _as_table(reference.outputs[index])
             agreement = float(np.mean(logits.argmax(1) == expected.argmax(1)))
             kl = _kl_divergence(expected, logits)
     sqnr = None if reference is None else _sqnr_db(reference.outputs, outputs.outputs)
@@ -217,9 +217,15 @@ def score(outputs: Outputs, reference: Outputs | None = None) -> Score:
 
 def _class_scores(outputs: Outputs) -> int | None:
     for index, array in enumerate(outputs.outputs):
-        if array.ndim == 2 and array.shape[1] > 1 and np.issubdtype(array.dtype, np.floating):
+        is_table = array.ndim >= 2 and array.shape[1] > 1 and math.prod(array.shape[2:]) == 1
+        if is_table and np.issubdtype(array.dtype, np.floating):
             return index
     return None
+
+
+def _as_table(scores: NDArray[Any]) -> NDArray[Any]:
+    """Class scores without trailing dimensions of 1, shape (samples, classes)."""
+    return scores.reshape(scores.shape[:2])
 
 
 def _log_probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from raqu_onnx.annotations import (
+    EMITTED,
     PLACEMENT,
     QUANTIZED,
     QUANTIZER,
@@ -20,16 +20,16 @@ from raqu_onnx.annotations import (
     unmapped_nodes,
 )
 from raqu_onnx.config import OptimizeConfig
-from raqu_onnx.data import open_dataset, split, synthetic_dataset, take
 from raqu_onnx.errors import CheckError, ModelError, naming_model
 from raqu_onnx.evaluation import collect, make_session, score
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import inspect, place_anyway
-from raqu_onnx.model_io import load_model, model_digest, model_inputs, save_model, to_proto
+from raqu_onnx.model_io import load_model, model_digest, save_model, to_proto
 from raqu_onnx.output import check_output, staged_folder
 from raqu_onnx.passes.write_manifest import MODEL_FILE
 from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
 from raqu_onnx.results import Figures, OptimizeResult
+from raqu_onnx.run_data import RunData, describe, open_run_data
 from raqu_onnx.search import no_progress
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
@@ -37,7 +37,7 @@ from raqu_onnx.tiling import Matrix
 if TYPE_CHECKING:
     import onnx
 
-    from raqu_onnx.data import Dataset, DataSource
+    from raqu_onnx.data import DataSource
     from raqu_onnx.evaluation import Outputs, Score
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.quantizer import ModelQuantizer
@@ -47,7 +47,6 @@ __all__ = ["REPORT_FILE", "optimize", "plan"]
 
 REPORT_FILE = "report.json"
 _DUMPS = "dumps"
-_SYNTHETIC_SAMPLES = 64
 _QUANTIZED_OPS = ("QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
 
@@ -103,7 +102,7 @@ def optimize(
         loaded = load_model(model)
         _refuse_quantized(loaded, model)
         hardware = chip if isinstance(chip, Chip) else load_chip(chip or settings.hw)
-        data = _open_data(loaded, settings, calibration, selection, evaluation)
+        data = open_run_data(loaded, settings, calibration, selection, evaluation)
         digest = None if path is None else model_digest(path)
         resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress)
         run = _Run(loaded, settings, resources, data)
@@ -125,7 +124,7 @@ def plan(
         loaded = load_model(model)
         _refuse_quantized(loaded, model)
         hardware = load_chip(config.hw)
-        data = _open_data(loaded, config, None, None, None)
+        data = open_run_data(loaded, config)
         passes = build_pipeline(config, Resources(hardware, data.calibration, data.selection, Path()))
         seen = inspect(loaded, hardware)
     return {
@@ -133,9 +132,9 @@ def plan(
         "unmapped_nodes": len(seen.unmapped),
         "chip": hardware.name,
         "uniform_8_bit_crossbars": seen.packed.crossbars,
-        "calibration": _describe(data.calibration),
-        "selection": _describe(data.selection),
-        "evaluation": "none" if data.evaluation is None else _describe(data.evaluation),
+        "calibration": describe(data.calibration),
+        "selection": describe(data.selection),
+        "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
         "goal": _goal(config.goal),
         "passes": [str(getattr(item, "name", item)) for item in passes],
         "warnings": list(data.warnings),
@@ -147,12 +146,6 @@ def _goal(goal: Goal) -> str:
     if goal.max_crossbars is None:
         return f"fewest crossbars {within}"
     return f"least loss within {goal.max_crossbars} crossbars" + (f", {within}" if within else "")
-
-
-def _describe(dataset: Dataset) -> str:
-    size = "?" if dataset.size is None else str(dataset.size)
-    kind = "synthetic" if dataset.synthetic else dataset.name
-    return f"{kind}, {size} samples, {'with' if dataset.has_labels else 'without'} labels"
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -168,55 +161,10 @@ def _refuse_quantized(model: ir.Model, source: object) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Data:
-    calibration: Dataset
-    selection: Dataset
-    evaluation: Dataset | None
-    warnings: tuple[str, ...]
-
-
-def _open_data(
-    model: ir.Model,
-    settings: OptimizeConfig,
-    calibration: DataSource | None,
-    selection: DataSource | None,
-    evaluation: DataSource | None,
-) -> _Data:
-    inputs = model_inputs(model)
-    warnings: list[str] = []
-
-    def opened(source: DataSource | None, configured: str | None) -> Dataset | None:
-        wanted = source if source is not None else configured
-        return None if wanted is None else open_dataset(wanted, inputs, pictures=settings.pictures)
-
-    ranges = opened(calibration, settings.calibration)
-    choice = opened(selection, settings.selection)
-    report = opened(evaluation, settings.evaluation)
-    seen = [item.digest for item in (ranges, choice) if item is not None]
-    if ranges is None:
-        ranges = synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed)
-        warnings.append(
-            "no calibration data: ranges come from synthetic inputs, so the accuracy on real data is unknown and "
-            "probably poor; give real inputs with --calibration"
-        )
-        choice = choice or synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed + 1)
-    elif choice is None:
-        ranges, choice = split(ranges, 0.5, settings.seed)
-        warnings.append(
-            f"no selection data: widths are chosen on half of {ranges.name}, which calibration then does not see"
-        )
-    if report is None:
-        warnings.append("no evaluation data: figures are of the selection data, on which widths were chosen")
-    elif report.digest in seen:
-        warnings.append("evaluation data is the calibration or selection data: its accuracy is too good to be true")
-    return _Data(take(ranges, settings.calibration_samples), choice, report, tuple(warnings))
-
-
 class _Run:
     """One run of the pipeline and what is asked of it afterwards."""
 
-    def __init__(self, model: ir.Model, settings: OptimizeConfig, resources: Resources, data: _Data) -> None:
+    def __init__(self, model: ir.Model, settings: OptimizeConfig, resources: Resources, data: RunData) -> None:
         self.model = model
         self.settings = settings
         self.resources = resources
@@ -244,7 +192,7 @@ class _Run:
             levels=levels,
             lower_bound=None if placement is None else placement.lower_bound,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
-            warnings=self.data.warnings,
+            warnings=(*self.data.warnings, *(self.data.unread_labels(figures[0]) if figures else ())),
             timings=tuple(timings),
             bits=_bits_by_node(model),
         )
@@ -261,7 +209,8 @@ class _Run:
 
     def _figures(self, model: ir.Model, float_proto: onnx.ModelProto) -> tuple[tuple[Figures, ...], dict[str, Score]]:
         placement, found = PLACEMENT.get(model), SEARCH.get(model)
-        if placement is None:
+        # Without quantized operands in the graph there is nothing of ours to judge.
+        if placement is None or any(EMITTED.get(node) is None for node in mapped_nodes(model)):
             return (), {}
         quantizer = QUANTIZER.require(model)
         judge = _Judge(self, float_proto, quantizer)

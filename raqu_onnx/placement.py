@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -184,7 +184,7 @@ def place(
     if placed is None:
         _raise_shortage(matrices, chip, mode)
     by_node: dict[str, list[PlacedBlock]] = {name: [] for name in matrices}
-    for block in placed or ():
+    for block in placed:
         by_node[block.node].append(block)
     return Placement(
         chip,
@@ -250,7 +250,7 @@ def _try_node(
     return placed
 
 
-def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> None:
+def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> NoReturn:
     for name, matrix in matrices.items():
         if all(_too_wide(name, matrix, shape) for shape in geometries(chip)):
             raise ChipError(f"{name}: one kernel is wider than every crossbar type of chip {chip.name}")

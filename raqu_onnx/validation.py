@@ -161,9 +161,13 @@ class _Runs:
                 continue
             if not np.issubdtype(one.dtype, np.floating) or not one.size:
                 continue
-            if not (np.isfinite(one).all() and np.isfinite(other).all()):
+            masked = np.isneginf(one)
+            if not np.array_equal(masked, np.isneginf(other)):
+                findings.append(f"output {name}: the two levels mask different values with -inf")
+                continue
+            a, b = one[~masked].astype(np.float64), other[~masked].astype(np.float64)
+            if not (a.size and np.isfinite(a).all() and np.isfinite(b).all()):
                 continue  # a finding of its own
-            a, b = one.astype(np.float64), other.astype(np.float64)
             size, noise = float(np.sqrt(np.mean(a**2))), float(np.sqrt(np.mean((a - b) ** 2)))
             span = float(a.max() - a.min()) or 1.0
             steps = float(np.abs(a - b).max()) / (span / 255)
@@ -177,5 +181,9 @@ class _Runs:
 
 def _not_finite(outputs: Outputs) -> Iterator[str]:
     for name, array in zip(outputs.names, outputs.outputs, strict=True):
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            yield f"output {name}: {int((~np.isfinite(array)).sum())} values are not finite"
+        if not np.issubdtype(array.dtype, np.floating):
+            continue
+        # Minus infinity is what masks put into scores; nothing else is meant to be infinite.
+        broken = int((~np.isfinite(array) & ~np.isneginf(array)).sum())
+        if broken:
+            yield f"output {name}: {broken} values are not finite"

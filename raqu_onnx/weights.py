@@ -5,13 +5,13 @@ Methods, from plain to strong:
 * ``nearest``: symmetric scale over the full range of each kernel, rounding to nearest.
 * ``mse``: the scale of each kernel clips where that lowers the error, weighted by the power of each input.
 * ``gptq``: rounds row after row and lets the rows that follow make up for the error, on the second moments of the
-  inputs (Frantar et al., "GPTQ", ICLR 2023, algorithm 1), with rows in order of falling input power and scales as
-  in ``mse``.
-
+  inputs (Frantar et al., "GPTQ", ICLR 2023, algorithm 1), with rows in order of falling input power. Scales are those
+  of ``mse``, at 4 bits and less the multiples of them that leave the least error; then single codes are moved as long
+  as that lowers the error.
 * ``sequential``: GPTQ node after node in graph order, each fitted to give the float output from the inputs that the
   quantized nodes before it produce; see `raqu_onnx.sequential`.
 
-With a bias the last three work on centred moments: the mean error of each kernel is taken up by the bias.
+With a bias and data, all work on centred moments: the mean error of each kernel is taken up by the bias.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from raqu_onnx.encodings import code_range
+from raqu_onnx.rounding import Rounder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,10 +35,11 @@ __all__ = ["FittedWeights", "Target", "WeightFitter", "WeightMethod"]
 
 WeightMethod = Literal["nearest", "mse", "gptq", "sequential"]
 
-_DAMPING = 0.01
 _CLIP_STEPS = np.linspace(1.0, 0.2, 41)
+_SCALE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
+# Largest code up to which scales are refined: that of 4 bits. With more codes nothing is left to gain.
+_FINE_CODES = 7
 _TINY = 1e-12
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class WeightFitter:
         self._output_mean = self._mean_output(target)
         self._second = None if moments is None else _finite(moments.covariance(centred=absorb_mean))
         self._method = method if self._second is not None or method == "nearest" else "mse"
-        self._factors: list[tuple[NDArray[np.int64], NDArray[np.float64]]] | None = None
+        self._rounder: Rounder | None = None
 
     def fit(self, bits: NDArray[np.integer] | int) -> FittedWeights:
         """Fit all kernels.
@@ -119,9 +121,8 @@ class WeightFitter:
         """
         widths = np.broadcast_to(np.asarray(bits, np.int64), self._floor.shape)
         low, high = self._limits(widths)
-        scales = self._scales(low, high)
+        scales, codes = self._codes(low, high)
         per_kernel = scales.astype(np.float64)[self._channels]
-        codes = self._round(per_kernel, low[self._channels], high[self._channels])
         rounded = codes * per_kernel[:, None, :]
         shift = np.zeros(per_kernel.shape)
         if self._mean is not None and self._output_mean is not None:
@@ -178,19 +179,38 @@ class WeightFitter:
             best[better], best_error[better] = scale[better, 0], error[better]
         return best
 
-    def _round(
-        self, scale: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Codes of shape (G, K, M) for scales and limits of shape (G, M)."""
+    def _codes(
+        self, low: NDArray[np.float64], high: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Scale per entry of the scale axis, and codes of shape (G, K, M)."""
+        scales = self._scales(low, high)
+        limits = low[self._channels], high[self._channels]
         if self._method != "gptq" or self._second is None or self._second.ndim == 2:
-            codes = np.rint(self._weight / scale[:, None, :])
-            return np.asarray(np.clip(codes, low[:, None, :], high[:, None, :]))
-        if self._factors is None:
-            self._factors = [_inverse_factor(second) for second in self._second]
-        codes = np.empty_like(self._weight)
-        for g, (order, factor) in enumerate(self._factors):
-            codes[g, order] = _gptq(self._weight[g, order], factor, scale[g], low[g], high[g])
-        return codes
+            per_kernel = scales.astype(np.float64)[self._channels][:, None, :]
+            return scales, np.clip(np.rint(self._weight / per_kernel), limits[0][:, None, :], limits[1][:, None, :])
+        if self._rounder is None:
+            self._rounder = Rounder(self._weight, self._second)
+        if high.max() <= _FINE_CODES:
+            scales = self._refined(scales, limits)
+        per_kernel = scales.astype(np.float64)[self._channels]
+        return scales, self._rounder.polish(self._rounder.round(per_kernel, *limits), per_kernel, *limits)
+
+    def _refined(
+        self, scales: NDArray[np.float32], limits: tuple[NDArray[np.float64], NDArray[np.float64]]
+    ) -> NDArray[np.float32]:
+        """The multiples of the scales with the least error after rounding; with few codes the guess is often off."""
+        if self._rounder is None:
+            return scales
+        best, best_error = scales, np.full(scales.shape, np.inf)
+        for share in _SCALE_SHARES:
+            trial = np.maximum(scales * share, self._floor).astype(np.float32)
+            per_kernel = trial.astype(np.float64)[self._channels]
+            errors = self._rounder.errors(self._rounder.round(per_kernel, *limits), per_kernel)
+            total = np.zeros(scales.shape)
+            np.add.at(total, self._channels, errors)
+            best = np.where(total < best_error, trial, best)
+            best_error = np.minimum(total, best_error)
+        return best
 
     def _error(self, difference: NDArray[np.float64]) -> NDArray[np.float64]:
         if self._second is None:
@@ -203,48 +223,3 @@ class WeightFitter:
 def _finite(second: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """Second moments, or None where inputs are so large (above 1e19) that their squares overflow."""
     return second if np.isfinite(second).all() else None
-
-
-def _inverse_factor(second: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Row order by falling power and the upper Cholesky factor `U` of the inverse moments, `U^T U`, in that order.
-
-    With rows reversed, the lower factor of the moments themselves is the reversed inverse of `U`: this needs no
-    inverse of the moments, takes a quarter of the time and loses fewer digits.
-    """
-    from scipy.linalg import lapack
-
-    order = np.argsort(-np.diagonal(second), kind="stable")
-    reverse = order[::-1]
-    moments = second[np.ix_(reverse, reverse)]
-    mean = float(np.trace(moments)) / len(moments)
-    damping = _DAMPING * (mean if mean > 0 else 1.0)
-    while True:
-        moments[np.diag_indices_from(moments)] += damping
-        factor, failed = lapack.dpotrf(moments, lower=1)
-        if not failed:
-            break
-        damping *= 10
-    inverse, _ = lapack.dtrtri(factor, lower=1)
-    return order, np.ascontiguousarray(np.tril(inverse)[::-1, ::-1])
-
-
-def _gptq(
-    weight: NDArray[np.float64],
-    factor: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Round rows one after the other, spreading each error over the rows that follow, in blocks of rows."""
-    left = weight.copy()
-    codes = np.empty_like(left)
-    for start in range(0, len(left), _BLOCK):
-        stop = min(start + _BLOCK, len(left))
-        errors = np.empty((stop - start, left.shape[1]))
-        for row in range(start, stop):
-            codes[row] = np.clip(np.rint(left[row] / scale), low, high)
-            error = (left[row] - codes[row] * scale) / factor[row, row]
-            errors[row - start] = error
-            left[row + 1 : stop] -= np.outer(factor[row, row + 1 : stop], error)
-        left[stop:] -= factor[start:stop, stop:].T @ errors
-    return codes

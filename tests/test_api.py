@@ -214,6 +214,30 @@ def test_without_output_nothing_is_written(
     assert snapshot(workspace.parent) == before
 
 
+@pytest.mark.usefixtures("workspace")
+def test_data_that_serves_two_purposes_and_labels_that_serve_none_are_told(small_net: Net, small_data: Data) -> None:
+    data = small_data(32)
+    result = optimize("model.onnx", calibration=data, selection=data, evaluation="eval.npz", config=UNIFORM)
+    assert [w for w in result.warnings if "selection data is the calibration data" in w]
+    net = small_net()
+    logits = net.graph.output[0]
+    net.graph.node.append(helper.make_node("ReduceMax", ["logits"], ["largest"], "largest", axes=[1], keepdims=0))
+    logits.name = "largest"
+    del logits.type.tensor_type.shape.dim[1]
+    result = optimize(net, calibration="calibration.npz", selection="selection.npz", config=UNIFORM)
+    assert result.figures[0].selection is not None
+    assert result.figures[0].selection.top1 is None
+    assert [w for w in result.warnings if "labels of selection.npz are not used" in w]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_pipeline_that_emits_no_integers_shows_no_figures_of_ours() -> None:
+    passes = "tidy,annotate-tiling,calibrate,quantize-weights,place-crossbars"
+    result = optimize("model.onnx", calibration="calibration.npz", config=OptimizeConfig(passes=passes))
+    assert result.figures == ()
+    assert result.levels == {}
+
+
 def test_settings_may_name_everything(workspace: Path) -> None:
     config = OptimizeConfig(
         output="out", calibration="calibration.npz", selection="selection.npz", eval="eval.npz", hw="chip.toml",

@@ -152,6 +152,14 @@ def test_mvms_are_learned_where_shapes_are_free(
     assert MOMENTS.require(node).count == x[0] * mvms
 
 
+def test_mvms_are_counted_where_tokens_lie_on_the_first_axis() -> None:
+    text = """g (float[n, 6, 4] x) => (float[m, 3] y)
+        { s = Constant <value_ints = [-1, 4]> () r = Reshape (x, s) y = MatMul (r, w) }"""
+    model = mapped_model(text, w=normal(4, 3))
+    (node,) = mapped_nodes(calibrated(model, {"x": normal(10, 6, 4)}, batch_size=4))
+    assert MAPPED.require(node).mvms == 6
+
+
 def test_moments_are_left_out_on_request() -> None:
     nodes = mapped_nodes(calibrated(two_layers(), {"x": normal(4, 3, 6, 6)}, moments=False))
     assert [MOMENTS.get(node) for node in nodes] == [None, None]

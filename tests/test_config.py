@@ -184,3 +184,11 @@ def test_arguments_are_recorded_and_objects_are_not() -> None:
     assert (given_.model, given_.calibration, given_.evaluation, given_.hw) == ("new.onnx", None, "old.npz", "isaac")
     assert given_.seed == 5
     assert config.model == "old.onnx"
+
+
+@pytest.mark.parametrize(
+    "key", ["calibration_samples", "fit_samples", "sensitivity_samples", "evaluations", "batch_size"]
+)
+def test_counts_are_whole_numbers_and_not_texts(key: str) -> None:
+    with pytest.raises(ConfigError, match=key.replace("_", "-")):
+        load_config(None, {key: "12"})

@@ -49,6 +49,15 @@ def test_top1_counts_labels_that_are_largest() -> None:
     assert score(outputs_of(LOGITS, labels=labels)).top1 == 0.6
 
 
+def test_class_scores_may_end_in_dimensions_of_one() -> None:
+    labels = LOGITS.argmax(1)
+    flat = score(outputs_of(NOISY, labels=labels), outputs_of(LOGITS))
+    assert score(outputs_of(NOISY[:, :, None, None], labels=labels), outputs_of(LOGITS[:, :, None, None])) == flat
+    assert flat.top1 is not None
+    maps = np.stack([LOGITS, NOISY], axis=-1)
+    assert score(outputs_of(maps, labels=labels)).top1 is None
+
+
 def test_fidelity_against_a_reference() -> None:
     found = score(outputs_of(NOISY), outputs_of(LOGITS))
     assert found.top1 is None

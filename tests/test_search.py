@@ -1,18 +1,29 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
+from raqu_onnx.data import open_dataset
 from raqu_onnx.evaluation import Score
+from raqu_onnx.hardware import load_chip
+from raqu_onnx.model_io import load_model, model_inputs
+from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
+from raqu_onnx.passes.calibrate import CalibratePass
+from raqu_onnx.passes.quantize_weights import build_quantizer
+from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
 from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program, useful_widths
+from raqu_onnx.search.problem import Problem
 from raqu_onnx.search.sensitivity import measure_sensitivity
 
 CELLS_PER_CROSSBAR = 64
@@ -25,7 +36,8 @@ class FakeProblem:
         self.settings = SearchSettings(**options)
         self.nodes = [SimpleNamespace(name=f"n{i}", mvms=1) for i in range(len(sizes))]
         self.names = tuple(node.name for node in self.nodes)
-        self.chip = SimpleNamespace(name="fake", sharing="time", crossbars=(SimpleNamespace(rows=8, cols=8),))
+        kind = SimpleNamespace(rows=8, cols=8, count=None)
+        self.chip = SimpleNamespace(name="fake", sharing="time", crossbars=(kind,))
         self.sizes = sizes
         self.sensitivities = sensitivities
         self.reference = Score(1000, top1=1.0, agreement=1.0, kl=0.0)
@@ -186,6 +198,17 @@ def test_an_unreachable_drop_yields_the_best_there_is_and_says_so() -> None:
     assert result.chosen.score.loss == min(e.score.loss for e in fake.evaluations)
 
 
+def test_candidates_without_a_finite_loss_do_not_stop_the_search() -> None:
+    fake = problem(evaluations=12)
+    loss = fake.loss
+    fake.loss = lambda bits: math.inf if bits.weights[5] == 4 else loss(bits)  # type: ignore[method-assign]
+    fake.quick_fidelity = loss  # type: ignore[method-assign]
+    result = search(fake, Goal(max_crossbars=20, max_accuracy_drop=None))  # type: ignore[arg-type]
+    judged = [e.score.loss for e in result.evaluations if e.origin == "bayesian search"]
+    assert math.inf in judged
+    assert math.isfinite(result.chosen.score.loss)
+
+
 def test_too_few_crossbars_say_how_many_are_needed() -> None:
     need = problem().crossbars((2,) * 6)
     with pytest.raises(DoesNotFitError, match=f"takes {need}"):
@@ -235,3 +258,52 @@ def test_a_width_too_wide_for_every_crossbar_is_no_baseline() -> None:
     result = search(fake, Goal(max_crossbars=16, max_accuracy_drop=None))  # type: ignore[arg-type]
     assert [b.weight_bits for b in result.baselines] == [6, 5, 4, 3, 2]
     assert all(e.bits.weights[3] <= 6 for e in result.evaluations)
+
+
+def test_the_best_uniform_width_is_one_that_the_chip_holds() -> None:
+    fake = problem(evaluations=0)
+    most = fake.crossbars((4,) * 6) or 0
+    count = fake.crossbars
+    fake.crossbars = lambda weights: found if (found := count(weights) or 0) <= most else None  # type: ignore[method-assign]
+    fake.packed_crossbars = lambda weights: count(weights) or 0  # type: ignore[method-assign]
+    result = search(fake, Goal(max_crossbars=None, max_accuracy_drop=100.0))  # type: ignore[arg-type]
+    assert [b.weight_bits for b in result.baselines] == [8, 7, 6, 5, 4, 3, 2]
+    strict = search(fake, Goal(max_crossbars=1000, max_accuracy_drop=None))  # type: ignore[arg-type]
+    assert strict.best_uniform is not None
+    assert strict.best_uniform.packed_crossbars <= most
+    assert result.best_uniform is not None
+    assert result.best_uniform.weight_bits == 2
+
+
+@pytest.mark.parametrize("batch", ["N", 1, 4])
+def test_sensitivity_is_measured_on_the_samples_asked_for(batch: str | int, small_net: Any, small_data: Any) -> None:
+    judged: list[int] = []
+    found = real_problem(small_net(batch=batch), small_data(48), sensitivity_samples=20, batch_size=16)
+    run = found._simulator.run
+
+    def counted(*arguments: Any) -> Any:
+        outputs = run(*arguments)
+        judged.append(outputs.samples)
+        return outputs
+
+    found._simulator.run = counted  # type: ignore[method-assign]
+    assert found.quick_fidelity(Bits.uniform(len(found.nodes), 2, 8)) > 0
+    # Whole batches of 16, or of what the model fixes.
+    assert judged == [32 if batch == "N" else 20]
+
+
+def test_an_output_without_one_row_per_sample_is_compared_batch_by_batch(small_net: Any, small_data: Any) -> None:
+    net = small_net()
+    net.graph.node.append(helper.make_node("ReduceMean", ["logits"], ["mean"], "mean_of_all", keepdims=1))
+    net.graph.output.insert(0, helper.make_tensor_value_info("mean", TensorProto.FLOAT, [1, 1]))
+    found = real_problem(net, small_data(48), sensitivity_samples=16, batch_size=16)
+    assert np.isfinite(found.quick_fidelity(Bits.uniform(len(found.nodes), 8, 8)))
+
+
+def real_problem(net: onnx.ModelProto, data: dict[str, np.ndarray], **options: Any) -> Problem:
+    model = load_model(net)
+    dataset = open_dataset(data, model_inputs(model))
+    for item in (TidyPass(), AnnotateTilingPass(), CalibratePass(dataset)):
+        model = item(model).model
+    quantizer = build_quantizer(model, "offset", weight_method="mse")
+    return Problem(model, quantizer, load_chip("generic"), dataset, SearchSettings(threads=1, **options))

@@ -72,7 +72,8 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "--max-accuracy-drop",
         type=float,
         metavar="POINTS",
-        help="use the fewest crossbars within POINTS (hundredths) of float",
+        help="use the fewest crossbars within POINTS of float: hundredths of top-1 accuracy; without labels of "
+        "agreement with float; without class scores of noise over signal (default: 0.5)",
     )
     group.add_argument("--weight-bits", metavar="N|N-M", help="width, 2 to 8; a range is searched (default: 2-8)")
     group.add_argument(
@@ -82,7 +83,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-method", choices=["nearest", "mse", "gptq", "sequential"], help="default: sequential")
-    group.add_argument("--fit-samples", type=int, metavar="N", help="samples weights are fitted on (default: 256)")
+    group.add_argument("--fit-samples", type=int, metavar="N", help="samples that `sequential` fits on (default: 256)")
     group.add_argument("--activation-range", choices=["min-max", "percentile", "mse"], help="ranges (default: mse)")
     group.add_argument("--evaluations", type=int, metavar="N", help="candidates of the Bayesian stage (default: 24)")
     group.add_argument(

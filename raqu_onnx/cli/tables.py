@@ -38,7 +38,7 @@ def _print_figures(result: OptimizeResult) -> None:
     out = console()
     judged = any(item.evaluation is not None for item in result.figures)
     scores = [_score(item, judged) for item in result.figures]
-    quality = "top-1" if any(score is not None and score.top1 is not None for score in scores) else "agreement"
+    quality = _quality_name(next((score for score in scores if score is not None), None))
     quality += ", test" if judged else ", selection"
     headers = ("", "W", "A", "crossbars", "cells", "bits", quality, "KL")
     table = new_table(*headers, right=tuple(range(1, len(headers))))
@@ -50,6 +50,13 @@ def _print_figures(result: OptimizeResult) -> None:
     out.print("unpacked: one node per crossbar")
     for line in _summary(result):
         out.print(line)
+
+
+def _quality_name(score: Score | None) -> str:
+    """What `Score.quality` says of this model and data."""
+    if score is not None and score.top1 is not None:
+        return "top-1"
+    return "agreement" if score is None or score.agreement is not None else "1 - noise/signal"
 
 
 def _score(item: Figures, judged: bool) -> Score | None:

@@ -45,7 +45,8 @@ def cheapest_loss(
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(np.where(possible, flat_cost, 0.0)[None, :] / unit, -np.inf, budget / unit),
         ],
-        options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
+        # A limit on nodes, not on time: the answer must not depend on how busy the machine is.
+        options={"mip_rel_gap": 1e-6, "node_limit": 20_000},
     )
     if result.x is None:
         return None

@@ -7,6 +7,7 @@ al., NeurIPS 2019, section 2). Candidates are brought into the budget before the
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -124,12 +125,15 @@ class TrustRegion:
         self._tell(self.incumbent)
 
     def _tell(self, evaluation: Evaluation, *, fit: bool = True) -> None:
-        vector = self._vector(evaluation.bits)
-        if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
+        vector, loss = self._vector(evaluation.bits), evaluation.score.loss
+        # A candidate that yields infinities or NaN is bad beyond what the surrogate can take.
+        if not math.isfinite(loss) or any(
+            not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)
+        ):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._optimizer.tell(vector, evaluation.score.loss, fit=fit)
+            self._optimizer.tell(vector, loss, fit=fit)
 
     def _ask(self) -> Bits | None:
         """A candidate inside the budget that has not been judged."""

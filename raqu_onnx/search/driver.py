@@ -39,7 +39,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         DoesNotFitError: Even the smallest widths do not fit the chip or the crossbars allowed.
     """
     _require_room(problem, goal)
-    baselines, uniform = _uniform_baselines(problem)
+    baselines = _uniform_baselines(problem)
     if problem.settings.is_uniform:
         chosen = problem.evaluate(Bits.uniform(len(problem.nodes), *problem.settings.widest), "uniform")
     else:
@@ -56,18 +56,18 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         reference=problem.reference,
         baselines=tuple(baselines),
         best_uniform=_best_uniform(problem, goal, baselines),
-        front=pareto_front([*problem.evaluations, *uniform]),
+        front=pareto_front(problem.evaluations),
         evaluations=tuple(problem.evaluations),
         nodes=problem.names,
     )
 
 
-def _uniform_baselines(problem: Problem) -> tuple[list[UniformBaseline], list[Evaluation]]:
-    """Every uniform width from 8 down to the smallest one allowed, and those that fit as candidates."""
+def _uniform_baselines(problem: Problem) -> list[UniformBaseline]:
+    """Every uniform width from 8 down to the smallest one allowed; those that fit are judged as candidates."""
     activation = problem.settings.widest[1]
     nodes = len(problem.nodes)
-    lowest = min(problem.settings.weight_bits[0], 8)
-    baselines, candidates = [], []
+    lowest = problem.settings.weight_bits[0]
+    baselines = []
     for step, width in enumerate(range(8, lowest - 1, -1)):
         problem.progress("judging uniform widths", step, 9 - lowest)
         if not np.isfinite(problem.cell_cost[:, width]).all():
@@ -76,7 +76,7 @@ def _uniform_baselines(problem: Problem) -> tuple[list[UniformBaseline], list[Ev
         bits = Bits.uniform(nodes, width, activation)
         packed = problem.crossbars(bits.weights)
         if packed is not None and _in_range(problem, width):
-            candidates.append(problem.evaluate(bits, f"uniform {width} bits"))
+            problem.evaluate(bits, f"uniform {width} bits")
         baselines.append(
             UniformBaseline(
                 weight_bits=width,
@@ -87,7 +87,7 @@ def _uniform_baselines(problem: Problem) -> tuple[list[UniformBaseline], list[Ev
             )
         )
     problem.progress("judging uniform widths", 9 - lowest, 9 - lowest)
-    return baselines, candidates
+    return baselines
 
 
 def _in_range(problem: Problem, width: int) -> bool:
@@ -117,11 +117,16 @@ def _meets(problem: Problem, goal: Goal, score: Score, crossbars: int) -> bool:
 
 
 def _best_uniform(problem: Problem, goal: Goal, baselines: Sequence[UniformBaseline]) -> UniformBaseline | None:
-    """The uniform width that serves the goal best: least loss in the budget, else fewest crossbars in the drop."""
+    """The uniform width that serves the goal best: least loss in the budget, else fewest crossbars in the drop.
+
+    With both a budget and a drop, a width that stays in the budget but not in the drop is no answer.
+    """
+    # Counts of baselines that the chip cannot hold are for comparison only.
+    held = [b for b in baselines if problem.crossbars((b.weight_bits,) * len(problem.nodes)) is not None]
     if goal.max_crossbars is not None:
-        fitting = [b for b in baselines if b.packed_crossbars <= goal.max_crossbars]
+        fitting = [b for b in held if _meets(problem, goal, b.score, b.packed_crossbars)]
         return min(fitting, key=lambda b: b.score.loss, default=None)
-    fitting = [b for b in baselines if _meets(problem, goal, b.score, 0)]
+    fitting = [b for b in held if _meets(problem, goal, b.score, 0)]
     return min(fitting, key=lambda b: (b.packed_crossbars, b.score.loss), default=None)
 
 
@@ -165,8 +170,12 @@ def _fewest_crossbars(problem: Problem, sensitivity: Sensitivity, allowed: float
         default=None,
     )
     if best is None:
-        # Nothing meets the target: the answer is whatever loses least on the whole chip.
-        return _best_within(problem, sensitivity, high)
+        # No uniform width meets the target: mixed widths on the whole chip may, and lose least in any case.
+        counts = [kind.count for kind in problem.chip.crossbars]
+        whole = sum(count or 0 for count in counts)
+        best = _best_within(problem, sensitivity, high if None in counts else max(high, whole))
+        if not _meets(problem, goal, best.score, 0):
+            return best
     high = best.crossbars
     while low < high:
         middle = (low + high) // 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -173,12 +172,22 @@ class Problem:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self.quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
-        batches = max(1, -(-self.settings.sensitivity_samples // self.settings.batch_size))
-        outputs = self._simulator.run(quantized, islice(self._data(), batches))
-        return replace(score(outputs, self._prefix(outputs.samples)), top1=None).loss
+        outputs = self._simulator.run(quantized, self._first_batches())
+        return replace(score(outputs, self._prefix(outputs)), top1=None).loss
 
-    def _prefix(self, samples: int) -> Outputs:
-        return replace(self._reference, outputs=tuple(array[:samples] for array in self._reference.outputs))
+    def _first_batches(self) -> Iterator[Batch]:
+        """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""
+        seen = 0
+        for batch in self._data():
+            yield batch
+            seen += batch.size
+            if seen >= self.settings.sensitivity_samples:
+                return
+
+    def _prefix(self, outputs: Outputs) -> Outputs:
+        """What the float model said on the same batches; an output need not have one row per sample."""
+        whole = zip(self._reference.outputs, outputs.outputs, strict=True)
+        return replace(self._reference, outputs=tuple(array[: len(part)] for array, part in whole))
 
     def _judge(self, bits: Bits) -> Score:
         """Quantize as the emitted model would be, and run it."""

@@ -40,7 +40,8 @@ class Goal:
 
     Attributes:
         max_crossbars: Most crossbars that may be used.
-        max_accuracy_drop: Most points (hundredths) of accuracy below float, or of agreement with float without labels.
+        max_accuracy_drop: Most points (hundredths) of accuracy below float; of agreement with float without labels; of
+            noise power over signal power where the model has no class scores.
     """
 
     max_crossbars: int | None = None
@@ -142,10 +143,6 @@ class SearchResult:
     front: tuple[Evaluation, ...]
     evaluations: tuple[Evaluation, ...]
     nodes: tuple[str, ...]
-
-    def drop(self, score: Score) -> float:
-        """Points below float on the selection set."""
-        return points_below(self.reference, score)
 
 
 def points_below(reference: Score, score: Score) -> float:

@@ -23,7 +23,7 @@ class Sensitivity:
     """Loss that each node adds at each width, all others at the widest.
 
     Attributes:
-        weights: Shape (nodes, widest + 1); entries below the smallest width are 0.
+        weights: Shape (nodes, widest + 1); a width that was not measured has the loss of the next wider one that was.
         activations: Likewise, None where activations stay float.
     """
 
