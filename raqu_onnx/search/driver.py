@@ -63,7 +63,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
 
 
 def _uniform_baselines(problem: Problem) -> list[UniformBaseline]:
-    """Every uniform width from 8 down to the smallest one allowed; those that fit are judged as candidates."""
+    """Uniform widths from 8 down to the smallest one allowed that save something; those that fit are candidates."""
     activation = problem.settings.widest[1]
     nodes = len(problem.nodes)
     lowest = problem.settings.weight_bits[0]
@@ -72,6 +72,9 @@ def _uniform_baselines(problem: Problem) -> list[UniformBaseline]:
         problem.progress("judging uniform widths", step, 9 - lowest)
         if not np.isfinite(problem.cell_cost[:, width]).all():
             # A kernel of this width is wider than every crossbar.
+            continue
+        if lowest < width < 8 and np.array_equal(problem.cell_cost[:, width], problem.cell_cost[:, width + 1]):
+            # Nobody would take 3 bits where 4 take the same cells.
             continue
         bits = Bits.uniform(nodes, width, activation)
         packed = problem.crossbars(bits.weights)
