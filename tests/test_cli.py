@@ -187,7 +187,7 @@ def test_force_replaces_an_earlier_result_as_a_whole(cli: Cli, workspace: Path) 
     assert cli(*RUN, "--cells").code == 0
     (workspace / "model-raqu" / "notes.txt").write_text("mine")
     before = digests(workspace / "model-raqu")
-    assert cli(*RUN, "--force", "--weight-bits", "5").code == 0
+    assert cli(*RUN, "--force", "--weight-bits", "7").code == 0
     after = digests(workspace / "model-raqu")
     assert sorted(after) == sorted([*FILES, "notes.txt"])  # The old cells.npz would contradict the new manifest.
     assert after["model.onnx"] != before["model.onnx"]
