@@ -62,8 +62,6 @@ class NodeRunner:
         self._order = {item.name: index for index, item in enumerate(self._proto.graph.node)}
         self._initializers = {item.name: item for item in self._proto.graph.initializer}
         self._inputs = {item.name: item for item in self._proto.graph.input if item.name not in self._initializers}
-        self._mapped = {node.output_name for node in nodes}
-        self._sessions: dict[str, ort.InferenceSession] = {}
         self.steps = self._plan(nodes)
 
     def _plan(self, nodes: Sequence[MappedNode]) -> tuple[Step, ...]:
@@ -72,7 +70,8 @@ class NodeRunner:
         for node in nodes:
             needs.append(tuple(sorted(self._cut(node.input_name, known))))
             known.update((node.input_name, node.output_name))
-        last: dict[str, int] = {}
+        # A graph input that no step needs is dropped after the first.
+        last: dict[str, int] = dict.fromkeys(self._inputs, 0)
         for index, node in enumerate(nodes):
             last.update(dict.fromkeys((*needs[index], node.input_name), index))
             last.setdefault(node.output_name, index)
@@ -100,30 +99,40 @@ class NodeRunner:
             yield name
             if name not in known:
                 item = self._producers[name]
-                pending.extend((*item.input, *(n for n in names_in_bodies([item]) if n in self._producers)))
+                # Names of a body's own values are not among those of the graph.
+                outer = (n for n in names_in_bodies([item]) if n in self._producers or n in self._inputs)
+                pending.extend((*item.input, *outer))
 
-    def prepare(self, step: Step, values: Mapping[str, Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:
-        """The input of a step's node, batch by batch, from known values by name."""
+    def prepare(self, step: Step, values: Mapping[str, Sequence[NDArray[Any]]], batches: int) -> list[NDArray[Any]]:
+        """The input of a step's node, batch by batch, from known values by name.
+
+        Args:
+            step: The step.
+            values: What is known, at least what the step needs.
+            batches: Number of batches; an input that depends on no known value is the same in each.
+        """
         target = step.node.input_name
         if step.needs == (target,):
             return list(values[target])
-        session = self._session(f"before {step.node.name}", lambda: self._segment(target, step.needs))
-        batches = zip(*(values[name] for name in step.needs), strict=True)
+        session = self._open(self._segment(target, step.needs))
         where = f"the graph before {step.node.name}"
-        return [run_feeds(session, [target], dict(zip(step.needs, batch, strict=True)), where)[0] for batch in batches]
+        if not step.needs:
+            return run_feeds(session, [target], {}, where) * batches
+        feeds = [{name: values[name][batch] for name in step.needs} for batch in range(batches)]
+        return [run_feeds(session, [target], item, where)[0] for item in feeds]
 
     def run(
         self, step: Step, inputs: Sequence[NDArray[Any]], weight: NDArray[np.float32], bias: NDArray[np.float32] | None
     ) -> list[NDArray[Any]]:
         """The output of a step's node with a given weight and bias, batch by batch."""
-        session = self._session(step.node.name, lambda: self._single(step.node))
+        session = self._open(self._single(step.node))
         feeds = {"raqu_w": weight} if bias is None else {"raqu_w": weight, "raqu_b": bias}
         return [run_feeds(session, None, {"raqu_x": batch, **feeds}, step.node.name)[0] for batch in inputs]
 
-    def _session(self, key: str, build: Any) -> ort.InferenceSession:
-        if key not in self._sessions:
-            self._sessions[key] = make_session(build().SerializeToString(), threads=self._threads)
-        return self._sessions[key]
+    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
+        # A session holds on to its activations and threads as long as it lives, so none is kept: opening one takes a
+        # few milliseconds, hundreds of them take gigabytes and thousands of threads.
+        return make_session(model.SerializeToString(), threads=self._threads)
 
     def _segment(self, target: str, needs: tuple[str, ...]) -> onnx.ModelProto:
         names = set(self._walk(target, set(needs))) - set(needs)

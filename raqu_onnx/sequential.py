@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SequentialQuantizer"]
 
-# Measured on a ResNet-20: stronger and weaker ridges lose accuracy at 2 bits.
+# Share of the mean input power: enough to keep the regression from chasing directions that few samples carry.
 _RIDGE = 0.05
 # Vectors that a node is fitted on: enough for its second moments to be known, few enough to be quick.
 _VECTORS_PER_ROW = 12
@@ -77,6 +77,10 @@ class SequentialQuantizer:
         self._feeds = _feeds(take(dataset, units * dataset.unit))
         self._kept = list(self._float_inputs()) if total * units <= memory_bytes // 2 else None
 
+    @property
+    def _batches(self) -> int:
+        return len(next(iter(self._feeds.values())))
+
     def _bytes_per_unit(self) -> tuple[int, int]:
         """Bytes of activations alive at once, and of the inputs of all mapped nodes, for what is fed now."""
         values: Values = dict(self._feeds)
@@ -91,7 +95,7 @@ class SequentialQuantizer:
     def _float_step(self, step: Step, values: Values) -> list[NDArray[Any]]:
         """Run one node in float; its input and output join the values."""
         source = self._quantizer.sources[step.node.name]
-        x = self._runner.prepare(step, values)
+        x = self._runner.prepare(step, values, self._batches)
         values[step.node.input_name] = x
         bias = _bias_or_zeros(source.bias, step.node) if source.takes_bias else None
         values[step.node.output_name] = self._runner.run(step, x, source.weight, bias)
@@ -111,35 +115,44 @@ class SequentialQuantizer:
         reference = iter(self._kept) if self._kept is not None else self._float_inputs()
         for step, float_x in zip(self._runner.steps, reference, strict=True):
             name = step.node.name
-            x = self._runner.prepare(step, values)
+            x = self._runner.prepare(step, values, self._batches)
             values[step.node.input_name] = x
             width = bits[name].activation
             if width is not None:
                 quantizer = self._quantizer.activation(name, width)
                 x = [quantizer.fake_quantize(batch) for batch in x]
-            if step.node.layout.rows <= FULL_LIMIT:
-                target = self._target(step.node, float_x, x)
-                quantized = self._quantizer.quantize_to(name, bits[name], target)
-            else:
+            target = self._target(step.node, float_x, x)
+            if target is None:
                 quantized = self._quantizer.quantize(name, bits[name])
+            else:
+                quantized = self._quantizer.quantize_to(name, bits[name], target)
             done[name] = quantized
             bias = _bias_or_zeros(quantized.real_bias(), step.node) if step.node.op_type != "MatMul" else None
             values[step.node.output_name] = self._runner.run(step, x, quantized.weight(), bias)
             _forget(values, step)
         return done
 
-    def _target(self, node: MappedNode, reference: list[NDArray[Any]], arriving: list[NDArray[Any]]) -> Target:
+    def _target(self, node: MappedNode, reference: list[NDArray[Any]], arriving: list[NDArray[Any]]) -> Target | None:
+        """What a node is fitted to; None where it has too many rows, or inputs whose squares overflow (above 1e19)."""
+        if node.layout.rows > FULL_LIMIT:
+            return None
         source = self._quantizer.sources[node.name]
         groups, rows = node.layout.groups, node.layout.rows
         moments, cross = InputMoments(groups, rows), CrossMoments(groups, rows)
-        limit = max(_FEWEST_VECTORS, _VECTORS_PER_ROW * rows) // len(arriving) + 1
+        wanted = max(_FEWEST_VECTORS, _VECTORS_PER_ROW * rows)
+        samples = sum(len(batch) for batch in arriving)
         for xf, xq in zip(reference, arriving, strict=True):
+            # In proportion: a last batch of one sample must not weigh as much as a whole one.
+            limit = -(-wanted * len(xq) // samples)
             vf, vq = input_vectors(node, xf, limit=limit), input_vectors(node, xq, limit=limit)
             moments.update(vq)
             cross.update(vf, vq)
         weight = node.layout.to_matrices(source.weight.astype(np.float64))
         centred = source.takes_bias
-        fitted = _regress(weight, cross.covariance(centred=centred), moments.covariance(centred=centred))
+        sums = cross.covariance(centred=centred), moments.covariance(centred=centred)
+        if not all(np.isfinite(item).all() for item in sums):
+            return None
+        fitted = _regress(weight, *sums)
         return Target(fitted, np.einsum("gkm,gk->gm", weight, cross.reference_mean), moments)
 
 

@@ -159,7 +159,10 @@ class CrossMoments:
         if not f.shape[1]:
             return
         if self._origins is None:
-            self._origins = (f.mean(1), q.mean(1))
+            self._origins = (
+                f.mean(1, dtype=np.float64).astype(np.float32),
+                q.mean(1, dtype=np.float64).astype(np.float32),
+            )
         f, q = f - self._origins[0][:, None, :], q - self._origins[1][:, None, :]
         self.count += f.shape[1]
         self._totals += np.stack([f.sum(1, dtype=np.float64), q.sum(1, dtype=np.float64)])
@@ -197,7 +200,8 @@ class _Range:
         levels = (1 << bits) - 1
         span = high - low
         if not span > 0:
-            return ActivationQuantizer(bits, 1.0, 0)
+            # The bias is stored in steps of this scale: 1.0 would round a small one to nothing.
+            return ActivationQuantizer(bits, float(np.float32(1.0 / levels)), 0)
         scale = float(np.float32(max(span / levels, 1e-30)))
         # Rounding moves both ends by at most half a step, which rounding of the values there may cost as well.
         return ActivationQuantizer(bits, scale, min(levels, round(-low / scale)))
