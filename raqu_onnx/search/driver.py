@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["search"]
 
-logger = logging.getLogger(__name__)
+# Evaluations spent on the loss once no smaller number of crossbars serves the goal.
+_REFINEMENTS = 8
 
 
 def search(problem: Problem, goal: Goal) -> SearchResult:
@@ -210,8 +210,25 @@ def _push_further(problem: Problem, sensitivity: Sensitivity, goal: Goal, best: 
         if not _meets(problem, goal, region.incumbent.score, 0):
             break
         best = region.incumbent
+    refined = _refine(problem, sensitivity, best, min(left, _REFINEMENTS))
+    if _meets(problem, goal, refined.score, 0):
+        best = refined
     problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
     return best
+
+
+def _refine(problem: Problem, sensitivity: Sensitivity, best: Evaluation, evaluations: int) -> Evaluation:
+    """Lower the loss at the crossbars that were reached: what they have left over gets bits."""
+    if not evaluations:
+        return best
+    found = [best, _start(problem, sensitivity, best.crossbars)]
+    start = min((e for e in found if e is not None), key=lambda e: e.score.loss)
+    region = TrustRegion(problem, sensitivity, best.crossbars, start)
+    for done in range(evaluations):
+        problem.progress("Bayesian search, same crossbars", done, evaluations)
+        if region.step() is None:
+            break
+    return region.incumbent
 
 
 def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, chosen: Evaluation) -> Evaluation:
