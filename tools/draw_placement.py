@@ -38,6 +38,7 @@ _GAP = 0.09  # between crossbars, as a share of the widest one
 _PANEL_INCHES = 3.35
 _UNUSED, _FRAME = "#eceff1", "#78909c"
 _LEGEND_COLUMNS = 4
+_LEGEND_CHARACTERS = 130
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,10 @@ def draw(manifest: Manifest, panels: Sequence[Panel]) -> Figure:
     grid = Grid.around(sizes, panels[0].crossbars)
     colours = _colours([node.name for node in manifest.nodes])
     tallest = max(grid.corners(panel.crossbars)[1] for panel in panels)
-    lines = math.ceil((len(manifest.nodes) + 1) / _LEGEND_COLUMNS)
+    # Long names need the width of the whole figure for fewer columns.
+    longest = max(len(_legend_label(node)) for node in manifest.nodes)
+    columns = max(1, min(_LEGEND_COLUMNS, _LEGEND_CHARACTERS // longest))
+    lines = math.ceil((len(manifest.nodes) + 1) / columns)
     top, bottom = 1.05, 0.2 * (lines + 1) + 0.3
     body = _PANEL_INCHES * tallest / grid.width
     height = top + body + bottom
@@ -233,7 +237,7 @@ def draw(manifest: Manifest, panels: Sequence[Panel]) -> Figure:
         handles=patches,
         title="Layers, with their bits in the right panel",
         loc="lower center",
-        ncols=_LEGEND_COLUMNS,
+        ncols=columns,
         frameon=False,
         fontsize=9,
         columnspacing=1.6,
