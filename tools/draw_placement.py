@@ -1,7 +1,7 @@
 """Draw the crossbars of a result folder to scale, coloured by node, beside those of the best uniform width.
 
     pip install -e '.[docs]'
-    python tools/draw_placement.py raqu-onnx-demo/mobilenetv2/result -o docs/images/mobilenetv2_crossbars.svg
+    python tools/draw_placement.py raqu-onnx-demo/mobilenetv2/result -o docs/images/mobilenetv2_crossbars.png
 
 Three panels at one scale keep what packing gains apart from what the bits gain: one width for the whole model with one
 node per crossbar, the same width packed, and the result's own widths. The first two are placed anew from the shapes in
