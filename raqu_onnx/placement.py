@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from raqu_onnx.errors import ChipError
+from raqu_onnx.native_output import no_native_output
 from raqu_onnx.packing import Packer, new_packer
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
@@ -339,13 +340,14 @@ def _mixed_lower_bound(
         for n, matrix in enumerate(matrices):
             capacity[t, types + n * types + t] = -matrix.cells(shape.encoding) / shape.cells
             whole[n, types + n * types + t] = 1
-    result = milp(
-        cost,
-        integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
-        bounds=Bounds(np.zeros_like(upper), upper),
-        constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
-        options={"mip_rel_gap": 0.0},
-    )
+    with no_native_output():
+        result = milp(
+            cost,
+            integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
+            bounds=Bounds(np.zeros_like(upper), upper),
+            constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         raise DoesNotFitError("the weights have more cells than the chip; use fewer bits or a larger chip")
     # The solver's own bound, not its solution: only that one is never too high.

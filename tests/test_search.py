@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from raqu_onnx.data import open_dataset
 from raqu_onnx.evaluation import Score
 from raqu_onnx.hardware import load_chip
 from raqu_onnx.model_io import load_model, model_inputs
+from raqu_onnx.native_output import no_native_output
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
 from raqu_onnx.passes.quantize_weights import build_quantizer
@@ -307,3 +309,10 @@ def real_problem(net: onnx.ModelProto, data: dict[str, np.ndarray], **options: A
         model = item(model).model
     quantizer = build_quantizer(model, "offset", weight_method="mse")
     return Problem(model, quantizer, load_chip("generic"), dataset, SearchSettings(threads=1, **options))
+
+
+def test_native_libraries_cannot_write_into_results(capfd: pytest.CaptureFixture[str]) -> None:
+    with no_native_output():
+        os.write(1, b"from below")
+    os.write(1, b"ours")
+    assert capfd.readouterr().out == "ours"

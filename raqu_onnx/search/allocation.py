@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.native_output import no_native_output
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -37,17 +39,18 @@ def cheapest_loss(
     scale = max(float(np.abs(flat_loss).max()), 1e-30)
     unit = max(float(flat_cost[possible].max()), 1e-30)
     one_each = csr_array(kron(np.eye(nodes), np.ones((1, choices))))
-    result = milp(
-        flat_loss / scale,
-        integrality=np.ones(nodes * choices, np.int64),
-        bounds=Bounds(0, possible.astype(float)),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.where(possible, flat_cost, 0.0)[None, :] / unit, -np.inf, budget / unit),
-        ],
-        # A limit on nodes, not on time: the answer must not depend on how busy the machine is.
-        options={"mip_rel_gap": 1e-6, "node_limit": 20_000},
-    )
+    with no_native_output():
+        result = milp(
+            flat_loss / scale,
+            integrality=np.ones(nodes * choices, np.int64),
+            bounds=Bounds(0, possible.astype(float)),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(np.where(possible, flat_cost, 0.0)[None, :] / unit, -np.inf, budget / unit),
+            ],
+            # A limit on nodes, not on time: the answer must not depend on how busy the machine is.
+            options={"mip_rel_gap": 1e-6, "node_limit": 20_000},
+        )
     if result.x is None:
         return None
     return tuple(int(widths[int(i)]) for i in result.x.reshape(nodes, choices).argmax(1))
