@@ -12,14 +12,14 @@ import onnx_ir as ir
 from raqu_onnx.graph_edit import (
     Names,
     all_finite,
-    all_graphs,
     constant_array,
     constant_tensor,
-    default_opset,
     drop_unused_initializers,
     graph_of,
     is_float,
+    nodes_of_type,
     replace_constant,
+    require_opset,
 )
 
 if TYPE_CHECKING:
@@ -57,20 +57,14 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
         Raises:
             PreconditionError: If the model's opset is older.
         """
-        if 0 < default_opset(model) < 9:
-            raise ir.passes.PreconditionError(
-                f"fold-batchnorm needs opset 9 or later, the model has {default_opset(model)}: "
-                "raise it first (raqu_onnx.opset.ensure_opset)"
-            )
+        require_opset(model, 9, self.name)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold in place."""
         names = Names(model)
         modified = False
-        for graph in tuple(all_graphs(model.graph)):
-            for node in tuple(graph):
-                if node.op_type == "BatchNormalization" and node.domain == "":
-                    modified |= _fold(node, names)
+        for node in nodes_of_type(model, "BatchNormalization"):
+            modified |= _fold(node, names)
         return ir.passes.PassResult(model, modified)
 
 

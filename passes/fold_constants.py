@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
+from raqu_onnx.already_quantized import protect
+from raqu_onnx.annotations import PROTECTED
 from raqu_onnx.graph_edit import (
     Names,
     all_graphs,
@@ -22,34 +23,31 @@ from raqu_onnx.graph_edit import (
     subgraphs_of,
     weight_values,
 )
+from raqu_onnx.node_evaluation import evaluate_node, output_bytes
 from raqu_onnx.opset import inline_functions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from numpy.typing import NDArray
-
 __all__ = ["FoldConstantsPass"]
 
 _logger = logging.getLogger(__name__)
 
-# Quantizers say how a tensor is stored, which is information; the others draw numbers or depend on more than inputs.
+# They draw numbers or depend on more than their inputs.
 _NEVER = frozenset(
     {
         "Bernoulli",
-        "DequantizeLinear",
         "Dropout",
         "DynamicQuantizeLinear",
         "Multinomial",
-        "QuantizeLinear",
         "RandomNormal",
         "RandomNormalLike",
         "RandomUniform",
         "RandomUniformLike",
     }
 )
-# Inputs up to this many elements are shown to shape inference as data: they are shapes, axes, repeats.
-_SHAPE_DATA = 1024
+# They say how a tensor is stored, which is information: folded only where a float layer's weight comes out.
+_QUANTIZERS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 # Rounds of inference and folding; each can turn a Shape into a constant that makes the next one known.
 _ROUNDS = 8
 
@@ -71,7 +69,8 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         y = Conv (x, w)
 
     Local functions are inlined first. Constant nodes become initializers of the graph they stand in; Identity of a
-    constant is read through; Shape and Size of a value whose shape is static are constants. QuantizeLinear and
+    constant is read through; Shape and Size of a value whose shape is static are constants. Weights stored as integers
+    behind DequantizeLinear become float, unless the layer's input is quantized as well; other QuantizeLinear and
     DequantizeLinear stay, and so do random operators, other domains, and control flow itself (its bodies are folded).
     A constant that is a graph output stays the output of its node. Values are computed by onnxruntime, node by node
     without optimization, so the result is what an unfolded model would compute.
@@ -93,6 +92,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         """
         modified = _allow_plain_initializers(model)
         modified |= inline_functions(model)
+        protect(model)
         for _ in range(_ROUNDS):
             if any(_is_shape_query(node) for g in all_graphs(model.graph) for node in g):
                 modified |= infer_shapes(model)
@@ -185,7 +185,9 @@ class _Folder:
 
     def _compute(self, node: ir.Node) -> Sequence[ir.Value | ir.TensorProtocol] | None:
         """What stands for the node's outputs: tensors, or a constant that exists already; None: keep the node."""
-        if node.domain != "" or node.op_type in _NEVER or not _has_readers(node):
+        if node.domain != "" or node.op_type in _NEVER or PROTECTED.get(node) or not _has_readers(node):
+            return None
+        if node.op_type in _QUANTIZERS and self.weights.isdisjoint(node.outputs):
             return None
         if node.op_type == "Constant":
             tensor = _constant_node_tensor(node)
@@ -200,7 +202,7 @@ class _Folder:
             return None if source is None else [source]
         if not self._affordable(node):
             return None
-        arrays = _evaluate(node, default_opset(self.model))
+        arrays = evaluate_node(node, default_opset(self.model))
         if arrays is None:
             return None
         return [ir.tensor(a, name=o.name) for a, o in zip(arrays, node.outputs, strict=True)]
@@ -208,7 +210,7 @@ class _Folder:
     def _affordable(self, node: ir.Node) -> bool:
         if not self.weights.isdisjoint(node.outputs):
             return True
-        size = _output_bytes(node, default_opset(self.model), self.model.ir_version)
+        size = output_bytes(node, default_opset(self.model), self.model.ir_version)
         inputs = {value for value in node.inputs if value is not None}
         given = [t for value in inputs if (t := constant_tensor(value)) is not None]
         if size is None:  # inference cannot tell: only where little goes in
@@ -293,99 +295,3 @@ def _remove_dead(values: Iterable[ir.Value | None]) -> None:
         inputs = producer.inputs
         producer.graph.remove(producer, safe=True)
         _remove_dead(inputs)
-
-
-def _one_node(node: ir.Node) -> onnx.NodeProto:
-    """The node with inputs renamed to i0, i1, ... and outputs to o0, o1, ...: some names occur twice or not at all."""
-    proto = ir.serde.serialize_node(node)
-    del proto.input[:], proto.output[:]
-    proto.input.extend("" if value is None else f"i{k}" for k, value in enumerate(node.inputs))
-    proto.output.extend(f"o{k}" for k in range(len(node.outputs)))
-    return proto
-
-
-def _output_bytes(node: ir.Node, opset: int, ir_version: int) -> int | None:
-    """Size of all outputs as ONNX shape inference tells it, None where it cannot."""
-    types: dict[str, onnx.TypeProto] = {}
-    data: dict[str, onnx.TensorProto] = {}
-    for k, value in enumerate(node.inputs):
-        tensor = constant_tensor(value)
-        if tensor is None:
-            continue
-        shape = tensor.shape.numpy()
-        types[f"i{k}"] = onnx.helper.make_tensor_type_proto(tensor.dtype.value, shape)
-        if tensor.size <= _SHAPE_DATA:
-            data[f"i{k}"] = ir.serde.serialize_tensor(tensor)
-    try:
-        inferred = onnx.shape_inference.infer_node_outputs(
-            onnx.defs.get_schema(node.op_type, opset, ""),
-            _one_node(node),
-            types,
-            data,
-            opset_imports=[onnx.helper.make_opsetid("", opset)],
-            ir_version=ir_version,
-        )
-    except Exception as error:  # noqa: BLE001 - the C++ binding raises whatever the operator's function throws
-        _logger.debug("%s: no shape inferred: %s", node.name, error)
-        return None
-    total = 0
-    for k in range(len(node.outputs)):
-        kind = inferred.get(f"o{k}", onnx.TypeProto())
-        shape_ = ir.serde.deserialize_type_proto_for_shape(kind)
-        if shape_ is None or not shape_.is_static() or not kind.tensor_type.elem_type:
-            return None
-        element = ir.DataType(kind.tensor_type.elem_type)
-        total += int(np.prod(shape_.numpy(), dtype=np.float64) * element.itemsize)
-    return total
-
-
-def _evaluate(node: ir.Node, opset: int) -> list[NDArray[Any]] | None:
-    """Run one node whose inputs are all constants; None where onnxruntime cannot.
-
-    Returns:
-        One array per output.
-    """
-    import onnxruntime as ort
-
-    feeds: dict[str, Any] = {}
-    inputs: list[onnx.ValueInfoProto] = []
-    for k, value in enumerate(node.inputs):
-        tensor = constant_tensor(value)
-        if tensor is None:
-            continue
-        if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
-            return None  # text is no weight; packed integers have no numpy form that onnxruntime takes
-        feeds[f"i{k}"] = _ort_value(tensor)
-        inputs.append(onnx.helper.make_tensor_value_info(f"i{k}", tensor.dtype.value, list(tensor.shape.numpy())))
-    proto = _one_node(node)
-    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output]
-    graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    quiet = ort.RunOptions()
-    quiet.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-        results = session.run_with_ort_values(None, feeds, quiet)
-        arrays = [result.numpy() for result in results]
-    except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no public base class
-        _logger.info("%s (%s) is constant but was not folded: %s", node.name, node.op_type, error)
-        return None
-    plain = all(isinstance(a, np.ndarray) and a.dtype.kind in "biufc" for a in arrays)
-    return cast("list[NDArray[Any]]", arrays) if plain else None
-
-
-def _ort_value(tensor: ir.TensorProtocol) -> Any:
-    from onnxruntime import OrtValue
-
-    array = np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape.numpy())
-    if array.dtype.kind in "biufc":
-        return OrtValue.ortvalue_from_numpy(array)
-    # bfloat16 and the 8-bit floats, which numpy knows through ml_dtypes only.
-    bits = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
-    return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.dtype.value)

@@ -13,15 +13,15 @@ from raqu_onnx.graph_edit import (
     Names,
     add_initializer,
     all_finite,
-    all_graphs,
     append_node,
     constant_array,
     constant_tensor,
-    default_opset,
     drop_unused_initializers,
     graph_of,
     is_float,
+    nodes_of_type,
     replace_constant,
+    require_opset,
 )
 
 if TYPE_CHECKING:
@@ -65,20 +65,14 @@ class NormalizeGemmPass(ir.passes.InPlacePass):
         Raises:
             PreconditionError: If the model's opset is older.
         """
-        if 0 < default_opset(model) < 11:
-            raise ir.passes.PreconditionError(
-                f"normalize-gemm needs opset 11 or later, the model has {default_opset(model)}: "
-                "raise it first (raqu_onnx.opset.ensure_opset)"
-            )
+        require_opset(model, 11, self.name)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
         names = Names(model)
         modified = False
-        for graph in tuple(all_graphs(model.graph)):
-            for node in tuple(graph):
-                if node.op_type == "Gemm" and node.domain == "":
-                    modified |= _normalize(node, names)
+        for node in nodes_of_type(model, "Gemm"):
+            modified |= _normalize(node, names)
         return ir.passes.PassResult(model, modified)
 
 
@@ -191,7 +185,7 @@ def _add(product: ir.Node, addend: ir.Value, beta: float, dtype: np.dtype[Any], 
     stem = product.name or product.outputs[0].name or "gemm"
     array = constant_array(addend)
     scaled = None if array is None else _scaled(array, beta)
-    added = append_node(product, "Add", addend, names, f"{stem}_add")
+    added = append_node(product, "Add", [addend], names, f"{stem}_add")
     if beta == 1.0:
         return
     if scaled is not None:

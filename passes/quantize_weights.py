@@ -11,6 +11,8 @@ from raqu_onnx.annotations import (
     BITS,
     CALIBRATION,
     HISTOGRAM,
+    INPUT,
+    KEPT,
     MAPPED,
     MOMENTS,
     QUANTIZED,
@@ -18,10 +20,10 @@ from raqu_onnx.annotations import (
     NodeBits,
     mapped_nodes,
 )
-from raqu_onnx.encodings import SignedEncoding
-from raqu_onnx.quantizer import ModelQuantizer, NodeSource
-from raqu_onnx.statistics import RangeMethod
-from raqu_onnx.weights import WeightMethod
+from raqu_onnx.encodings import MAX_BITS, SignedEncoding
+from raqu_onnx.quantizer import ModelQuantizer, NodeSource, QuantizerSettings
+from raqu_onnx.ranges import RangeMethod
+from raqu_onnx.weights import FitPart, WeightMethod
 
 __all__ = ["QuantizeWeightsPass", "build_quantizer"]
 
@@ -35,12 +37,15 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
 
     Attributes:
         encoding: Signed encoding of the chip, which sets the range of codes.
-        weight_bits: Width of nodes that no search gave bits to.
+        weight_bits: Width of nodes that no search gave bits to and that are not kept.
         activation_bits: Width of the inputs of such nodes, None for float.
         weight_method: ``nearest``, ``mse``, ``gptq`` or ``sequential``.
-        activation_range: ``min-max``, ``percentile`` or ``mse``.
+        activation_range: ``min-max``, ``percentile``, ``entropy`` or ``mse``.
         fit_samples: Most calibration samples that ``sequential`` fits on.
+        fit_without: Parts of the weight method to leave out, see `raqu_onnx.weights`.
         threads: Threads for onnxruntime, None for all.
+        kept_weight_bits: Width of nodes that are kept where there was no search; their inputs have 8 bits.
+        input_bits: Width of the model's own inputs where there was no search.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -50,13 +55,16 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     activation_bits: int | None = 8
     weight_method: WeightMethod = "sequential"
     activation_range: RangeMethod = "mse"
-    fit_samples: int = 256
+    fit_samples: int = 512
+    fit_without: frozenset[FitPart] = frozenset()
     threads: int | None = None
+    kept_weight_bits: int = MAX_BITS
+    input_bits: int = MAX_BITS
 
     def requires(self, model: ir.Model) -> None:
         """Nodes are mapped, and calibrated where their inputs become integers."""
         for node in mapped_nodes(model):
-            if (BITS.get(node) or NodeBits(self.weight_bits, self.activation_bits)).activation is not None:
+            if self._bits(node).activation is not None:
                 HISTOGRAM.require(node)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -64,29 +72,40 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         quantizer = QUANTIZER.get(model) or build_quantizer(
             model,
             self.encoding,
-            weight_method=self.weight_method,
-            range_method=self.activation_range,
-            fit_samples=self.fit_samples,
-            threads=self.threads,
+            QuantizerSettings(
+                self.weight_method, self.activation_range, self.fit_without, self.fit_samples, self.threads
+            ),
         )
-        default = NodeBits(self.weight_bits, self.activation_bits)
         nodes = {MAPPED.require(node).name: node for node in mapped_nodes(model)}
-        quantized = quantizer.quantize_model({name: BITS.get(node) or default for name, node in nodes.items()})
+        quantized = quantizer.quantize_model({name: self._bits(node) for name, node in nodes.items()})
         for name, node in nodes.items():
             QUANTIZED.set(node, quantized[name])
         return ir.passes.PassResult(model, modified=True)
 
+    def _bits(self, node: ir.Node) -> NodeBits:
+        """What the search gave a node, else the widest where it is kept, else the options."""
+        found = BITS.get(node)
+        if found is not None:
+            return found
+        weight, activation = self.weight_bits, self.activation_bits
+        if INPUT.get(node):
+            activation = self.input_bits
+        if KEPT.get(node) is not None:
+            weight, activation = self.kept_weight_bits, MAX_BITS
+        return NodeBits(weight, None if self.activation_bits is None else activation)
+
 
 def build_quantizer(
-    model: ir.Model,
-    encoding: SignedEncoding,
-    *,
-    weight_method: WeightMethod = "sequential",
-    range_method: RangeMethod = "mse",
-    fit_samples: int = 256,
-    threads: int | None = None,
+    model: ir.Model, encoding: SignedEncoding, settings: QuantizerSettings | None = None
 ) -> ModelQuantizer:
-    """Gather what a mapped, calibrated model knows of each node into a quantizer, and keep it on the model."""
+    """Gather what a mapped, calibrated model knows of each node into a quantizer, and keep it on the model.
+
+    Args:
+        model: The model.
+        encoding: Signed encoding of the chip.
+        settings: How codes, scales and ranges are chosen.
+    """
+    settings = settings or QuantizerSettings()
     sources: dict[str, NodeSource] = {}
     for node in mapped_nodes(model):
         mapped = MAPPED.require(node)
@@ -98,9 +117,9 @@ def build_quantizer(
         sources[mapped.name] = NodeSource(
             mapped, weight.numpy(), None if bias is None else bias.numpy(), HISTOGRAM.get(node), MOMENTS.get(node)
         )
-    quantizer = ModelQuantizer(sources, encoding, weight_method, range_method)
+    quantizer = ModelQuantizer(sources, encoding, settings)
     calibration = CALIBRATION.get(model)
-    if weight_method == "sequential" and calibration is not None:
-        quantizer.fit_sequentially(model, calibration, samples=fit_samples, threads=threads)
+    if settings.weight_method == "sequential" and calibration is not None:
+        quantizer.fit_sequentially(model, calibration)
     QUANTIZER.set(model, quantizer)
     return quantizer

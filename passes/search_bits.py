@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import BITS, HISTOGRAM, MAPPED, QUANTIZER, SEARCH, NodeBits, mapped_nodes
+from raqu_onnx.annotations import BITS, HISTOGRAM, INPUT, KEPT, MAPPED, QUANTIZER, SEARCH, NodeBits, mapped_nodes
 from raqu_onnx.passes.quantize_weights import build_quantizer
+from raqu_onnx.quantizer import QuantizerSettings
+from raqu_onnx.ranges import RangeMethod
 from raqu_onnx.search import Goal, Problem, SearchSettings, no_progress, search
-from raqu_onnx.statistics import RangeMethod
-from raqu_onnx.weights import WeightMethod
+from raqu_onnx.weights import FitPart, WeightMethod
 
 if TYPE_CHECKING:
     from raqu_onnx.data import Dataset
     from raqu_onnx.hardware import Chip
-    from raqu_onnx.search import ProgressCallback
+    from raqu_onnx.quantizer import QuantizerSettings
+from raqu_onnx.search import ProgressCallback
 
 __all__ = ["SearchBitsPass"]
 
@@ -25,7 +27,8 @@ __all__ = ["SearchBitsPass"]
 class SearchBitsPass(ir.passes.InPlacePass):
     """Choose weight and activation bits of every mapped node for a chip.
 
-    Before and after: the same graph. Every mapped node gains `NodeBits`, the model a `SearchResult`.
+    Before and after: the same graph. Every mapped node gains `NodeBits`, the model a `SearchResult`. Nodes that are
+    kept get 8 bits and take no part in the search.
 
     Attributes:
         chip: The chip, whose crossbars are the cost.
@@ -33,8 +36,9 @@ class SearchBitsPass(ir.passes.InPlacePass):
         goal: The budget, or the loss allowed.
         settings: Ranges of widths, evaluations, seed, threads.
         weight_method: ``nearest``, ``mse``, ``gptq`` or ``sequential``.
-        activation_range: ``min-max``, ``percentile`` or ``mse``.
+        activation_range: ``min-max``, ``percentile``, ``entropy`` or ``mse``.
         fit_samples: Most calibration samples that ``sequential`` fits on.
+        fit_without: Parts of the weight method to leave out, see `raqu_onnx.weights`.
         progress: Told of every step.
     """
 
@@ -46,7 +50,8 @@ class SearchBitsPass(ir.passes.InPlacePass):
     settings: SearchSettings = field(default_factory=SearchSettings)
     weight_method: WeightMethod = "sequential"
     activation_range: RangeMethod = "mse"
-    fit_samples: int = 256
+    fit_samples: int = 512
+    fit_without: frozenset[FitPart] = frozenset()
     progress: ProgressCallback = no_progress
 
     def requires(self, model: ir.Model) -> None:
@@ -63,12 +68,18 @@ class SearchBitsPass(ir.passes.InPlacePass):
         quantizer = QUANTIZER.get(model) or build_quantizer(
             model,
             self.chip.encoding,
-            weight_method=self.weight_method,
-            range_method=self.activation_range,
-            fit_samples=self.fit_samples,
-            threads=self.settings.threads,
+            QuantizerSettings(
+                self.weight_method, self.activation_range, self.fit_without, self.fit_samples, self.settings.threads
+            ),
         )
-        problem = Problem(model, quantizer, self.chip, self.selection, self.settings, self.progress)
+        # The quantizer's order is that of the graph.
+        nodes = mapped_nodes(model)
+        settings = replace(
+            self.settings,
+            kept=frozenset(index for index, node in enumerate(nodes) if KEPT.get(node) is not None),
+            inputs=frozenset(index for index, node in enumerate(nodes) if INPUT.get(node)),
+        )
+        problem = Problem(model, quantizer, self.chip, self.selection, settings, self.progress)
         result = search(problem, self.goal)
         SEARCH.set(model, result)
         chosen = result.chosen.bits

@@ -8,8 +8,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from raqu_onnx.already_quantized import protect
 from raqu_onnx.graph_edit import (
+    Names,
     all_graphs,
+    append_node,
     infer_shapes,
     name_nodes,
     weight_values,
@@ -17,7 +20,9 @@ from raqu_onnx.graph_edit import (
 from raqu_onnx.opset import ensure_opset, inline_functions
 from raqu_onnx.passes.fold_batchnorm import FoldBatchNormPass
 from raqu_onnx.passes.fold_constants import FoldConstantsPass
+from raqu_onnx.passes.fuse_matmul_bias import FuseMatMulBiasPass
 from raqu_onnx.passes.normalize_gemm import NormalizeGemmPass
+from raqu_onnx.passes.widen_half import WidenHalfPass
 
 __all__ = ["TidyPass"]
 
@@ -42,18 +47,21 @@ class TidyPass(ir.passes.InPlacePass):
 
     In this order: weights stop being optional inputs, local functions are inlined, the opset is raised or lowered,
     constants are folded, Identity nodes are read through, Gemm is normalized, BatchNormalization is folded, every node
-    gets a name of its own, and shapes are inferred. What the user sees stays: names, types and dynamic dimensions of
-    the inputs to feed and of the outputs, metadata, and the nodes that nothing was folded into.
+    gets a name of its own, layers of float16 compute in float, shapes are inferred, and a MatMul takes up the bias
+    behind it. What the user sees stays: names, types and dynamic dimensions of the inputs to feed and of the outputs,
+    metadata, and the nodes that nothing was folded into.
 
     Attributes:
         minimum_opset: An older model is raised to this opset.
         maximum_opset: A newer model is lowered to this opset, or refused.
         max_growth_bytes: See `FoldConstantsPass`.
+        exclude: Patterns of nodes that stay as they are: weights behind their DequantizeLinear, layers of float16.
     """
 
     minimum_opset: int = 13
     maximum_opset: int = 27
     max_growth_bytes: int = 1 << 20
+    exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "tidy"
 
@@ -66,12 +74,17 @@ class TidyPass(ir.passes.InPlacePass):
         modified = _fix_weights_that_are_inputs(model)
         modified |= inline_functions(model)
         modified |= ensure_opset(model, self.minimum_opset, self.maximum_opset)
+        protect(model, self.exclude)
         modified |= FoldConstantsPass(self.max_growth_bytes)(model).modified
         modified |= _read_through_identities(model)
         modified |= NormalizeGemmPass()(model).modified
         modified |= FoldBatchNormPass()(model).modified
         modified |= name_nodes(model)
+        modified |= WidenHalfPass(self.exclude)(model).modified
+        modified |= _set_outputs_apart(model)
         modified |= infer_shapes(model)
+        # Only shapes tell a stack of matrices from a matrix.
+        modified |= FuseMatMulBiasPass()(model).modified
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
@@ -121,4 +134,34 @@ def _read_through_identities(model: ir.Model) -> bool:
             output.replace_all_uses_with(source)
             graph.remove(node, safe=True)
             modified = True
+    return modified
+
+
+def _set_outputs_apart(model: ir.Model) -> bool:
+    """Let an Identity give a graph output that is also one side of a sum of two convolutions.
+
+    onnxruntime fuses such a sum into one of the convolutions and then misses the output: the model would not load.
+    The same for an output that a Transpose reads: where the transposed values are quantized, onnxruntime moves the
+    quantizer in front of the Transpose, and the output comes out quantized as well.
+    """
+    names = Names(model)
+    modified = False
+    for value in tuple(model.graph.outputs):
+        layer = value.producer()
+        transposes = [(reader, index) for reader, index in value.uses() if reader.op_type == "Transpose"]
+        if layer is not None and value is layer.outputs[0] and transposes:
+            append_node(layer, "Identity", [], names, f"{layer.name}_output")
+            for reader, index in transposes:
+                reader.replace_input_with(index, value)
+            modified = True
+    for add in tuple(model.graph):
+        if add.op_type != "Add" or add.domain != "":
+            continue
+        layers = [None if value is None else value.producer() for value in add.inputs]
+        if any(layer is None or layer.op_type != "Conv" for layer in layers):
+            continue
+        for layer in dict.fromkeys(layers):
+            if layer is not None and layer.outputs[0].is_graph_output():
+                append_node(layer, "Identity", [], names, f"{layer.name}_output")
+                modified = True
     return modified

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from raqu_onnx.inspection import Inspection, inspect
     from raqu_onnx.manifest import Manifest, manifest_schema, read_manifest
     from raqu_onnx.optimization import optimize
+    from raqu_onnx.report import report_schema
     from raqu_onnx.results import Figures, OptimizeResult
     from raqu_onnx.validation import ValidationReport, validate
 
@@ -45,6 +46,7 @@ __all__ = [
     "manifest_schema",
     "optimize",
     "read_manifest",
+    "report_schema",
     "validate",
 ]
 
@@ -66,6 +68,7 @@ _HOMES = {
     "manifest_schema": "manifest",
     "optimize": "optimization",
     "read_manifest": "manifest",
+    "report_schema": "report",
     "validate": "validation",
 }
 

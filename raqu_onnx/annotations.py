@@ -32,10 +32,13 @@ __all__ = [
     "CALIBRATION",
     "EMITTED",
     "HISTOGRAM",
+    "INPUT",
+    "KEPT",
     "MAPPED",
     "METADATA_PREFIX",
     "MOMENTS",
     "PLACEMENT",
+    "PROTECTED",
     "QUANTIZED",
     "QUANTIZER",
     "SEARCH",
@@ -112,6 +115,11 @@ class NodeBits:
 
 MAPPED: Annotation[MappedNode] = Annotation("mapped_node", "annotate-tiling")
 UNMAPPED: Annotation[UnmappedNode] = Annotation("unmapped_node", "annotate-tiling")
+# The pattern that keeps a mapped node at 8 bits.
+KEPT: Annotation[str] = Annotation("kept", "annotate-tiling")
+INPUT: Annotation[bool] = Annotation("reads_input", "annotate-tiling")
+# Set on nodes that carry somebody else's quantization of a weight: no pass folds them.
+PROTECTED: Annotation[bool] = Annotation("protected", "tidy")
 HISTOGRAM: Annotation[Histogram] = Annotation("histogram", "calibrate")
 MOMENTS: Annotation[InputMoments] = Annotation("moments", "calibrate")
 QUANTIZER: Annotation[ModelQuantizer] = Annotation("quantizer", "calibrate")
@@ -137,7 +145,7 @@ def mapped_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def unmapped_nodes(model: ir.Model) -> list[UnmappedNode]:
-    """Nodes of mappable types that stay in float, with the reasons."""
+    """Nodes of mappable types that stay as they are, with the reasons."""
     import onnx_ir as ir
 
     found = (UNMAPPED.get(node) for node in ir.traversal.RecursiveGraphIterator(model.graph))

@@ -5,15 +5,42 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
+from raqu_onnx.config_errors import explain
+from raqu_onnx.config_paths import resolve_paths
+from raqu_onnx.cpu import SAFE_WEIGHT_BITS
 from raqu_onnx.data import PictureOptions
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.quantizer import QuantizerSettings
+from raqu_onnx.ranges import RangeMethod
+from raqu_onnx.scoring import Task
 from raqu_onnx.search.result import Goal, SearchSettings
+from raqu_onnx.selection import split_patterns
+from raqu_onnx.weights import FitPart, WeightMethod
 
-__all__ = ["BitRange", "OptimizeConfig", "load_config", "parse_bits", "to_toml"]
+__all__ = [
+    "BitRange",
+    "OptimizeConfig",
+    "default_output",
+    "effective_toml",
+    "load_config",
+    "parse_bits",
+    "to_toml",
+]
 
 #: Points of accuracy that may be lost when neither a budget nor a drop is given.
 DEFAULT_ACCURACY_DROP = 0.5
@@ -55,6 +82,16 @@ def _bits_text(value: tuple[int, int] | None) -> str | int:
     return value[0] if value[0] == value[1] else f"{value[0]}-{value[1]}"
 
 
+def _patterns(value: object) -> object:
+    """One pattern may stand alone."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _pattern_list(value: object) -> object:
+    """A text is a list separated by commas."""
+    return split_patterns(value) if isinstance(value, str) else value
+
+
 BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
 OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
 
@@ -72,7 +109,12 @@ class OptimizeConfig(BaseModel):
     evaluation: str | None = Field(None, description="data that the result is reported on", alias="eval")
     pictures: PictureOptions | None = Field(None, description="how pictures of a folder become inputs")
     calibration_samples: int = Field(512, ge=1, strict=True, description="most samples to calibrate on")
-    fit_samples: int = Field(256, ge=1, strict=True, description="most calibration samples that weights are fitted on")
+    fit_samples: int = Field(
+        QuantizerSettings.fit_samples,
+        ge=1,
+        strict=True,
+        description="most calibration samples that weights are fitted on",
+    )
     max_crossbars: int | None = Field(None, ge=1, strict=True, description="most crossbars that may be used")
     max_accuracy_drop: float | None = Field(
         None,
@@ -81,29 +123,71 @@ class OptimizeConfig(BaseModel):
         strict=True,
         description="most points of accuracy (or of agreement with float) that may be lost",
     )
-    weight_bits: BitRange = Field((2, 8), description="width of weights: a range is searched")
-    activation_bits: OptionalBitRange = Field((8, 8), description="width of activations: a range is searched")
-    weight_method: Literal["nearest", "mse", "gptq", "sequential"] = Field(
-        "sequential", description="how weight codes are chosen"
+    weight_bits: BitRange = Field(SearchSettings.weight_bits, description="width of weights: a range is searched")
+    reduce_range: bool = Field(
+        False, strict=True, description="limit weights to 7 bits, exact in onnxruntime on CPUs without VNNI too"
     )
-    activation_range: Literal["min-max", "percentile", "mse"] = Field("mse", description="how ranges are chosen")
-    evaluations: int = Field(24, ge=0, strict=True, description="candidates that the Bayesian stage judges")
+    activation_bits: OptionalBitRange = Field(
+        SearchSettings.activation_bits, description="width of activations: a range is searched"
+    )
+    input_bits: int = Field(
+        SearchSettings.input_bits, ge=2, le=8, strict=True, description="width of the model's own inputs"
+    )
+    task: Task = Field("auto", description="what the outputs are: class scores, or values that all count")
+    exclude: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = Field(
+        (), description="nodes that stay as they are: names, operator types or regular expressions"
+    )
+    keep: Annotated[tuple[str, ...], BeforeValidator(_pattern_list)] = Field(
+        (), description="nodes that keep 8 bits: first, last, names, operator types or regular expressions"
+    )
+    weight_method: WeightMethod = Field(QuantizerSettings.weight_method, description="how weight codes are chosen")
+    fit_without: Annotated[tuple[FitPart, ...], BeforeValidator(_pattern_list)] = Field(
+        (), description="parts of the weight method to leave out"
+    )
+    equalize: bool = Field(
+        False, strict=True, description="scale channels so that those of an activation use its codes more equally"
+    )
+    activation_range: RangeMethod = Field(QuantizerSettings.activation_range, description="how ranges are chosen")
+    evaluations: int = Field(
+        SearchSettings.evaluations, ge=0, strict=True, description="candidates that the Bayesian stage judges"
+    )
     sensitivity_samples: int = Field(
-        256, ge=1, strict=True, description="samples that each node's sensitivity is measured on"
+        SearchSettings.sensitivity_samples,
+        ge=1,
+        strict=True,
+        description="samples that each node's sensitivity is measured on",
     )
-    batch_size: int = Field(64, ge=1, strict=True, description="samples per run")
-    seed: int = Field(0, ge=0, lt=2**31, strict=True, description="seed of everything random")
+    batch_size: int = Field(SearchSettings.batch_size, ge=1, strict=True, description="samples per run")
+    seed: int = Field(SearchSettings.seed, ge=0, lt=2**31, strict=True, description="seed of everything random")
     threads: int | None = Field(None, ge=1, strict=True, description="threads of onnxruntime, default all")
     cells: bool = Field(False, strict=True, description="also write the level of every programmed cell")
     passes: str | None = Field(None, description="pipeline to run instead of the default one")
     skip: tuple[str, ...] = Field((), description="passes of the pipeline to leave out")
     dump_after: tuple[str, ...] = Field((), description="passes after which the model is written to the dumps folder")
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_plain_words(
+        cls, data: object, handler: ModelWrapValidatorHandler[OptimizeConfig], info: ValidationInfo
+    ) -> OptimizeConfig:
+        """Name every wrong value as its author wrote it.
+
+        Raises:
+            ConfigError: A key or value is wrong.
+        """
+        try:
+            return handler(data)
+        except ValidationError as error:
+            context: dict[str, Any] = info.context or {}
+            known = {field.alias or name: None for name, field in cls.model_fields.items()}
+            tables = {**known, "pictures": list(PictureOptions.model_fields)}
+            raise ConfigError(explain(error, tables, context.get("path"), context.get("given", {}))) from error
+
     @property
     def goal(self) -> Goal:
-        """The budget and the drop allowed; with neither given, `DEFAULT_ACCURACY_DROP`."""
+        """The budget and the drop allowed; with neither given, `DEFAULT_ACCURACY_DROP`, and nothing at fixed widths."""
         if self.max_crossbars is None and self.max_accuracy_drop is None:
-            return Goal(None, DEFAULT_ACCURACY_DROP)
+            return Goal(None, None if self.search_settings.is_uniform else DEFAULT_ACCURACY_DROP)
         return Goal(self.max_crossbars, self.max_accuracy_drop)
 
     def given(self, **arguments: object) -> OptimizeConfig:
@@ -123,14 +207,19 @@ class OptimizeConfig(BaseModel):
     @property
     def search_settings(self) -> SearchSettings:
         """Settings of the search."""
+        most = SAFE_WEIGHT_BITS if self.reduce_range else MAX_BITS
+        low, high = self.weight_bits
         return SearchSettings(
-            weight_bits=self.weight_bits,
+            weight_bits=(min(low, most), min(high, most)),
             activation_bits=self.activation_bits,
             evaluations=self.evaluations,
             sensitivity_samples=self.sensitivity_samples,
             batch_size=self.batch_size,
             seed=self.seed,
             threads=self.threads,
+            task=self.task,
+            kept_weight_bits=most,
+            input_bits=self.input_bits,
         )
 
 
@@ -138,7 +227,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> OptimizeC
     """Read a TOML file and lay given values over it.
 
     Args:
-        path: The file, or None.
+        path: The file, or None. Relative paths in it are relative to its folder.
         overrides: Values that win over the file, by key; those that are None are ignored. Keys of a table, such as
             `pictures`, win one by one.
 
@@ -153,39 +242,14 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> OptimizeC
             raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a TOML file: {error}") from error
+        if "crossbars" in values and "encoding" in values:
+            raise ConfigError(f"{path}: it describes a chip and holds no settings; give it with --hw")
+        values = resolve_paths(values, path)
     given = {key: value for key, value in overrides.items() if value is not None}
     for key, value in given.items():
         below = values.get(key)
         values[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-    try:
-        return OptimizeConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_problem(item, path, given) for item in error.errors())) from error
-
-
-def _problem(item: Any, path: str | Path | None, given: dict[str, Any]) -> str:
-    """One wrong value, named as its author wrote it: an option, or a key of the file."""
-    loc = [str(part) for part in item["loc"]]
-    key = ".".join(loc)
-    place: Any = given
-    for part in loc[:2]:
-        place = place.get(part) if isinstance(place, dict) else place
-    if item["type"] == "extra_forbidden":
-        from difflib import get_close_matches
-
-        known = [field.alias or name for name, field in OptimizeConfig.model_fields.items()]
-        if len(loc) > 1:
-            known = [f"{loc[0]}.{name}" for name in PictureOptions.model_fields]
-        near = get_close_matches(key, known, 1)
-        advice = f", did you mean {near[0]}?" if near else f"; settings are {', '.join(known)}"
-        return f"{path or 'settings'}: {key} is no setting{advice}"
-    where = f"{path or 'settings'}: {key}"
-    if place is not None:
-        where = "--" + "-".join(loc[:2] if loc[0] == "pictures" else loc[:1]).replace("pictures", "picture")
-        where = where.replace("_", "-")
-    message = item["msg"].removeprefix("Value error, ")
-    found = "" if repr(item["input"]) in message else f", found {item['input']!r}"
-    return f"{where}: {message}{found}"
+    return OptimizeConfig.model_validate(values, context={"path": path, "given": given})
 
 
 def to_toml(config: OptimizeConfig) -> str:
@@ -193,6 +257,36 @@ def to_toml(config: OptimizeConfig) -> str:
     import tomli_w
 
     return tomli_w.dumps(_without_none(config.model_dump(mode="json", by_alias=True)))
+
+
+def effective_toml(config: OptimizeConfig) -> str:
+    """Like `to_toml`, with the defaults that depend on other settings filled in, and a word on those without a value.
+
+    The goal that applies stands among the settings; where widths are fixed and none is given, a comment says so.
+    """
+    goal = config.goal
+    filled = config.model_copy(update={"output": default_output(config), "max_accuracy_drop": goal.max_accuracy_drop})
+    unset = {
+        "model": "none, an argument of the command",
+        "calibration": "synthetic inputs",
+        "selection": "half of the calibration data, or synthetic inputs",
+        "eval": "none",
+        "max_crossbars": "no limit",
+        "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
+        "threads": "all",
+        "passes": "the default pipeline",
+    }
+    values = filled.model_dump(mode="json", by_alias=True)
+    comments = [f"# {key}: {words}\n" for key, words in unset.items() if values[key] is None]
+    return "".join([*comments, to_toml(filled)])
+
+
+def default_output(config: OptimizeConfig) -> str | None:
+    """The folder for the results: the one given, else a folder beside the model; None without a model."""
+    if config.output is not None or config.model is None:
+        return config.output
+    model = Path(config.model)
+    return str(model.parent / f"{model.stem}-raqu")
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class _View(Dataset):
         total = self._base.size
         return None if total is None else int(np.searchsorted(self._indices, total))
 
+    @property
+    def top_label(self) -> int | None:
+        """That of the dataset behind."""
+        return self._base.top_label
+
     def read(self, most: int, indices: NDArray[np.intp] | None = None) -> Iterator[Batch]:
         """Yield the wanted samples of the dataset behind."""
         mine = self._indices

@@ -17,14 +17,14 @@ import numpy as np
 from raqu_onnx.data_base import Batch, IndexedDataset, InputSpec
 from raqu_onnx.data_checks import (
     as_array,
-    check_array,
+    check_feeds,
     check_labels,
-    check_lengths,
     check_names,
     hash_array,
     one_line,
 )
 from raqu_onnx.errors import DataError, RaquError
+from raqu_onnx.mapped_pages import forget_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,18 +60,19 @@ class ArrayDataset(IndexedDataset):
         where: str,
     ) -> None:
         check_names(where, feeds, inputs)
-        for spec in inputs:
-            check_array(where, spec, feeds[spec.name])
-        size = check_lengths(where, feeds)
+        size = check_feeds(where, feeds, inputs)
         self._samples = Batch(
             {spec.name: feeds[spec.name] for spec in inputs},
             None if labels is None else check_labels(where, labels, size),
         )
         text = _digest(self._samples, digest)
         super().__init__(name, text, inputs, size=size, has_labels=labels is not None)
+        self._note_labels(self._samples.labels)
 
     def load(self, where: slice | NDArray[np.intp]) -> Batch:
         """The samples at the given positions; views for a slice."""
+        for array in self._samples.feeds.values():
+            forget_pages(array)
         return self._samples.select(where)
 
 

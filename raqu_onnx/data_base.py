@@ -117,6 +117,16 @@ class Dataset(ABC):
         self.synthetic = synthetic
         self.unit = fixed or 1
         self._fixed = fixed
+        self._top_label: int | None = None
+
+    @property
+    def top_label(self) -> int | None:
+        """Largest class index of what was read so far, for files that of all samples; None without labels."""
+        return self._top_label
+
+    def _note_labels(self, labels: NDArray[np.integer] | None) -> None:
+        if labels is not None and labels.size:
+            self._top_label = max(int(labels.max()), -1 if self._top_label is None else self._top_label)
 
     @property
     @abstractmethod

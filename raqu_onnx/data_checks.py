@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raqu_onnx.errors import DataError
+from raqu_onnx.mapped_pages import forget_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_array",
-    "check_array",
+    "check_classes",
+    "check_feeds",
+    "check_label_top",
     "check_labels",
-    "check_lengths",
     "check_names",
     "fixed_batch",
     "hash_array",
@@ -84,7 +86,21 @@ def check_names(where: str, names: Iterable[str], inputs: Sequence[InputSpec]) -
         raise DataError(f"{where}: no array for model input {missing[0]}; found {holds}")
 
 
-def check_array(where: str, spec: InputSpec, array: NDArray[Any]) -> None:
+def check_feeds(where: str, feeds: Mapping[str, NDArray[Any]], inputs: Sequence[InputSpec]) -> int:
+    """Refuse arrays that do not fit the model or each other; the names are known to match.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        DataError: Says what was found, what is expected and how to mend it.
+    """
+    for spec in inputs:
+        _check_array(where, spec, feeds[spec.name])
+    return _check_lengths(where, feeds)
+
+
+def _check_array(where: str, spec: InputSpec, array: NDArray[Any]) -> None:
     """Refuse an array that the model cannot take or that holds NaN or infinity.
 
     Raises:
@@ -108,7 +124,7 @@ def check_array(where: str, spec: InputSpec, array: NDArray[Any]) -> None:
     _check_finite(where, spec.name, array)
 
 
-def check_lengths(where: str, feeds: Mapping[str, NDArray[Any]]) -> int:
+def _check_lengths(where: str, feeds: Mapping[str, NDArray[Any]]) -> int:
     """The common first dimension of all arrays.
 
     Raises:
@@ -149,6 +165,33 @@ def check_labels(where: str, labels: object, samples: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
+def check_classes(where: str, labels: NDArray[np.integer], classes: int) -> None:
+    """Refuse labels that no class score stands for.
+
+    Args:
+        where: Names the data.
+        labels: Class indices.
+        classes: Class scores per sample.
+
+    Raises:
+        DataError: A label is `classes` or more.
+    """
+    check_label_top(where, int(labels.max(initial=-1)), classes)
+
+
+def check_label_top(where: str, top: int, classes: int) -> None:
+    """As `check_classes`, for the largest label alone.
+
+    Raises:
+        DataError: It is `classes` or more.
+    """
+    if top >= classes:
+        raise DataError(
+            f"{where}: a label is {top}, but the model has {classes} classes (0 to {classes - 1}); subtract 1 if the "
+            "labels count from 1, else give labels of this model's classes"
+        )
+
+
 def hash_array(digest: hashlib._Hash, name: str, array: NDArray[Any]) -> None:
     """Feed an array's name, type, shape and bytes (in C order) to a running hash."""
     digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
@@ -178,6 +221,7 @@ def _check_finite(where: str, name: str, array: NDArray[Any]) -> None:
                 f"{where}: array {name!r} holds NaN or infinity, first in sample {first}; repair or remove such samples"
             )
         seen += len(block)
+        forget_pages(array)
 
 
 def as_array(where: str, what: str, value: object) -> NDArray[Any]:

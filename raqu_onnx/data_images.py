@@ -98,6 +98,7 @@ class PictureDataset(IndexedDataset):
             size=len(self._paths),
             has_labels=self._labels is not None,
         )
+        self._note_labels(self._labels)
 
     def load(self, where: slice | NDArray[np.intp]) -> Batch:
         """Decode the pictures at the given positions."""

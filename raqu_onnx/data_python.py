@@ -22,9 +22,8 @@ import numpy as np
 from raqu_onnx.data_base import Batch, Dataset, InputSpec
 from raqu_onnx.data_checks import (
     as_array,
-    check_array,
+    check_feeds,
     check_labels,
-    check_lengths,
     check_names,
     hash_array,
     one_line,
@@ -134,6 +133,7 @@ class StreamDataset(Dataset):
                     "give them with all or with none"
                 )
             total += batch.size
+            self._note_labels(batch.labels)
             yield batch
         if not total:
             raise DataError(
@@ -155,9 +155,7 @@ class StreamDataset(Dataset):
             )
         check_names(where, map(str, given), self.inputs)
         feeds = {spec.name: as_array(where, f"array {spec.name!r}", given[spec.name]) for spec in self.inputs}
-        for spec in self.inputs:
-            check_array(where, spec, feeds[spec.name])
-        size = check_lengths(where, feeds)
+        size = check_feeds(where, feeds, self.inputs)
         if labels is None:
             return Batch(feeds)
         return Batch(feeds, check_labels(where, np.atleast_1d(as_array(where, "labels", labels)), size))

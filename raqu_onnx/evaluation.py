@@ -1,18 +1,16 @@
-"""Running models with onnxruntime and scoring what they say.
-
-With labels a classifier's top-1 accuracy is reported; against a float reference, with or without labels, fidelity:
-top-1 agreement, KL divergence and signal-to-quantization-noise ratio (SQNR).
-"""
+"""Running models with onnxruntime and scoring what they say, batch by batch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from raqu_onnx.errors import DataError, ModelError
+from raqu_onnx.scoring import Score, Scorer, Task, are_probabilities, find_class_scores, float_positions
+from raqu_onnx.session_model import SessionModel
+from raqu_onnx.spool import MEMORY_BYTES, Spool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.data import Batch, Dataset
 
-__all__ = ["Level", "Outputs", "Score", "collect", "default_threads", "make_session", "score"]
+__all__ = ["Level", "Outputs", "Reference", "Score", "Task", "collect", "default_threads", "make_session", "score"]
 
 Level = Literal["enable-all", "disable-all", "simulate"]
 
@@ -34,61 +32,15 @@ class Outputs:
 
     Attributes:
         names: Names of the outputs.
-        outputs: One array per model output, samples along axis 0.
+        outputs: One array per model output, batches joined along axis 0.
         labels: Class of each sample, shape (samples,), or None.
+        samples: Samples that were run; an output need not have one row for each.
     """
 
     names: tuple[str, ...]
     outputs: tuple[NDArray[Any], ...]
     labels: NDArray[np.integer] | None
-
-    @property
-    def samples(self) -> int:
-        """Samples that were run."""
-        return len(self.outputs[0])
-
-
-@dataclass(frozen=True)
-class Score:
-    """How good a model is on a dataset.
-
-    Attributes:
-        samples: Samples scored.
-        top1: Share of samples whose largest output is the label, None without labels.
-        agreement: Share of samples whose largest output is the reference's.
-        kl: Mean KL divergence from the reference's softmax to the model's, in nats.
-        sqnr_db: Power of the reference over power of the difference, in dB, over all float outputs.
-    """
-
     samples: int
-    top1: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    sqnr_db: float | None = None
-
-    @property
-    def loss(self) -> float:
-        """What the search minimizes: top-1 error where there are labels, plus KL (or noise) to break ties.
-
-        Top-1 over a few thousand samples moves in coarse steps; the KL divergence is smooth and tells apart
-        candidates of equal accuracy.
-        """
-        if self.kl is not None:
-            fidelity = self.kl
-        elif self.sqnr_db is not None:
-            fidelity = 10 ** (-self.sqnr_db / 10)
-        else:
-            fidelity = 0.0
-        return fidelity + (0.0 if self.top1 is None else 1.0 - self.top1)
-
-    @property
-    def quality(self) -> float:
-        """Share of right answers: top-1 with labels, else agreement with the float model, else 1 - noise / signal."""
-        if self.top1 is not None:
-            return self.top1
-        if self.agreement is not None:
-            return self.agreement
-        return 1.0 - min(1.0, 10 ** (-(self.sqnr_db or 0.0) / 10))
 
 
 def default_threads() -> int:
@@ -99,15 +51,20 @@ def default_threads() -> int:
 
 
 def make_session(
-    model: bytes | str | Path, *, level: Level = "enable-all", threads: int | None = None
+    model: bytes | str | Path | SessionModel,
+    *,
+    level: Level = "enable-all",
+    threads: int | None = None,
+    exact: bool = False,
 ) -> ort.InferenceSession:
     """Open a model with onnxruntime's CPU provider.
 
     Args:
-        model: Serialized model or path.
+        model: Path, serialized model, or a model with its weights by reference.
         level: ``enable-all`` is what users get by default; ``disable-all`` runs node by node; ``simulate`` enables
             every optimization but leaves Q/DQ pairs as they are, which gives the values of ``disable-all`` faster.
         threads: Threads inside operators, default all that this process may use.
+        exact: Sums of 8-bit weights do not saturate on CPUs without VNNI either, at the price of time.
 
     Raises:
         ModelError: onnxruntime refuses the model.
@@ -122,15 +79,21 @@ def make_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif level == "simulate":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Spinning threads take the cores from numpy between two runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = model if isinstance(model, bytes) else str(model)
+    source, held = model.hand_over(options) if isinstance(model, SessionModel) else (model, [])
+    source = source if isinstance(source, bytes) else str(source)
     # With fallback, onnxruntime prints each failure to stdout, where results go, and tries the same provider again.
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        where = "the model" if isinstance(model, bytes) else str(model)
+        where = "the model" if isinstance(model, bytes | SessionModel) else str(model)
         raise ModelError(f"{where}: onnxruntime cannot load it: {_first_line(error)}") from error
+    # Release 1.32 copies weights that are handed over while it opens the session; nothing promises that others do.
+    session.raqu_weights = held
+    return session
 
 
 def _first_line(error: Exception) -> str:
@@ -181,7 +144,9 @@ def gather(names: tuple[str, ...], results: Iterable[tuple[Batch, list[NDArray[A
     """
     chunks: list[list[NDArray[Any]]] = []
     labels: list[NDArray[np.integer]] = []
+    samples = 0
     for batch, outputs in results:
+        samples += batch.size
         chunks.append([np.atleast_1d(np.asarray(value)) for value in outputs])
         if batch.labels is not None:
             labels.append(batch.labels)
@@ -192,71 +157,94 @@ def gather(names: tuple[str, ...], results: Iterable[tuple[Batch, list[NDArray[A
         if len({value.shape[1:] for value in values}) > 1:
             raise DataError(f"{where}: output {name!r} changes its shape from batch to batch; give samples of one size")
         joined.append(np.concatenate(values))
-    return Outputs(names, tuple(joined), np.concatenate(labels) if labels else None)
+    return Outputs(names, tuple(joined), np.concatenate(labels) if labels else None, samples)
 
 
-def score(outputs: Outputs, reference: Outputs | None = None) -> Score:
+def score(outputs: Outputs, reference: Outputs | None = None, task: Task = "auto") -> Score:
     """Score outputs against their labels and against those of the float model.
 
-    The first float output of shape (samples, classes), with or without trailing dimensions of 1, is taken as class
-    scores; without one there is no top-1 and no KL, and SQNR over all float outputs stands alone.
+    Args:
+        outputs: What a model said.
+        reference: What the float model said on the same samples; without it there is no fidelity.
+        task: What the outputs are, see `find_class_scores`.
+
+    Raises:
+        DataError: The task is classification, and no output has class scores.
     """
-    index = _class_scores(outputs)
-    top1 = agreement = kl = None
-    if index is not None:
-        logits = _as_table(outputs.outputs[index])
-        if outputs.labels is not None and outputs.labels.shape == logits.shape[:1]:
-            top1 = float(np.mean(logits.argmax(1) == outputs.labels))
-        if reference is not None:
-            expected = _as_table(reference.outputs[index])
-            agreement = float(np.mean(logits.argmax(1) == expected.argmax(1)))
-            kl = _kl_divergence(expected, logits)
-    sqnr = None if reference is None else _sqnr_db(reference.outputs, outputs.outputs)
-    return Score(outputs.samples, top1, agreement, kl, sqnr)
+    picked = float_positions(outputs.outputs)
+    found = [outputs.outputs[index] for index in picked]
+    expected = None if reference is None else [reference.outputs[index] for index in picked]
+    index = find_class_scores(found, outputs.samples, task, outputs.labels)
+    probabilities = expected is not None and index is not None and are_probabilities(expected[index])
+    scorer = Scorer(index, probabilities=probabilities)
+    scorer.add(found, outputs.samples, outputs.labels, expected)
+    return scorer.result()
 
 
-def _class_scores(outputs: Outputs) -> int | None:
-    for index, array in enumerate(outputs.outputs):
-        is_table = array.ndim >= 2 and array.shape[1] > 1 and math.prod(array.shape[2:]) == 1
-        if is_table and np.issubdtype(array.dtype, np.floating):
-            return index
-    return None
+class Reference:
+    """What the float model says on a dataset: what candidates are held against.
 
+    The model runs once. Memory does not grow with the data: see `Spool`.
 
-def _as_table(scores: NDArray[Any]) -> NDArray[Any]:
-    """Class scores without trailing dimensions of 1, shape (samples, classes)."""
-    return scores.reshape(scores.shape[:2])
+    Args:
+        session: The float model.
+        dataset: The data; `judge` must be given results on the same batches.
+        batch_size: Samples per run.
+        task: What the outputs are, see `find_class_scores`.
+        memory_bytes: Most bytes of outputs kept in memory, the others lie in a temporary file.
 
+    Attributes:
+        score: Score of the float model itself.
+        is_classifier: Its outputs are judged as class scores.
 
-def _log_probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
-    values = scores.astype(np.float64)
-    if values.min() >= 0 and np.allclose(values.sum(1), 1, atol=1e-3):
-        # The model ends in Softmax already.
-        return np.log(np.maximum(values, 1e-12))
-    from scipy.special import log_softmax
+    Raises:
+        DataError: The dataset is empty or cannot be run, or the task is classification and there are no class scores.
+    """
 
-    # An infinite score gives NaN, which counts as the worst divergence.
-    with np.errstate(invalid="ignore"):
-        return np.asarray(log_softmax(values, axis=1))
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        dataset: Dataset,
+        batch_size: int = 64,
+        task: Task = "auto",
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        self._spool = Spool(memory_bytes)
+        self._picked: list[int] | None = None
+        self._index: int | None = None
+        self._probabilities = False
+        self._where = dataset.name
+        scorer = Scorer(None)
+        for batch, values in run_batches(session, dataset, batch_size):
+            outputs = [np.atleast_1d(np.asarray(value)) for value in values]
+            if self._picked is None:
+                self._picked = float_positions(outputs)
+                outputs = [outputs[index] for index in self._picked]
+                self._index = find_class_scores(outputs, batch.size, task, batch.labels)
+                self._probabilities = self._index is not None
+                scorer = Scorer(self._index, where=self._where)
+            else:
+                outputs = [outputs[index] for index in self._picked]
+            scorer.add(outputs, batch.size, batch.labels, outputs)
+            if self._index is not None:
+                self._probabilities = self._probabilities and are_probabilities(outputs[self._index])
+            self._spool.append(outputs)
+        self.score = scorer.result()
+        self.is_classifier = self._index is not None
 
+    def judge(self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]]) -> Score:
+        """Score what another model says on the same batches, or on the first few of them.
 
-def _kl_divergence(reference: NDArray[Any], scores: NDArray[Any]) -> float:
-    p, q = _log_probabilities(reference), _log_probabilities(scores)
-    # A class that a model rules out, with minus infinity, adds nothing.
-    gain = np.subtract(p, q, out=np.zeros_like(p), where=p != -np.inf)
-    divergence = float(np.mean(np.sum(np.exp(p) * gain, axis=1)))
-    return math.inf if math.isnan(divergence) else divergence
+        Args:
+            results: Each batch with the outputs, in the order of the dataset.
 
-
-def _sqnr_db(reference: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> float:
-    signal = noise = 0.0
-    for expected, got in zip(reference, outputs, strict=True):
-        if np.issubdtype(expected.dtype, np.floating):
-            # What the reference rules out with an infinity is no signal.
-            finite = np.isfinite(expected)
-            values = expected[finite].astype(np.float64)
-            signal += float(np.sum(np.square(values)))
-            noise += float(np.sum(np.square(values - got[finite])))
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
+        Raises:
+            DataError: There are no batches, or they cannot be run.
+        """
+        scorer = Scorer(self._index, probabilities=self._probabilities, where=self._where)
+        # The results first: with no more of them, no batch of the reference is read.
+        for (batch, values), expected in zip(results, self._spool, strict=False):
+            outputs = [np.atleast_1d(np.asarray(values[index])) for index in self._picked or ()]
+            scorer.add(outputs, batch.size, batch.labels, expected)
+        return scorer.result()

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,8 +35,10 @@ __all__ = [
     "model_graphs",
     "name_nodes",
     "name_of",
+    "nodes_of_type",
     "one_line",
     "replace_constant",
+    "require_opset",
     "skeleton",
     "subgraphs_of",
     "weight_values",
@@ -85,6 +87,27 @@ def all_finite(array: NDArray[Any]) -> bool:
 def default_opset(model: ir.Model) -> int:
     """Version of the default ONNX domain that the model imports, 0 when it imports none."""
     return model.opset_imports.get("", 0)
+
+
+def nodes_of_type(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
+    """Nodes of a type of the default domain, in the graph and its bodies; the graph may be changed meanwhile."""
+    for graph in tuple(all_graphs(model.graph)):
+        for node in tuple(graph):
+            if node.op_type == op_type and node.domain == "" and node.graph is graph:
+                yield node
+
+
+def require_opset(model: ir.Model, minimum: int, name: str) -> None:
+    """What the pass `name` calls first where it knows operators only as of opset `minimum`.
+
+    Raises:
+        PreconditionError: The model is older.
+    """
+    if 0 < default_opset(model) < minimum:
+        raise ir.passes.PreconditionError(
+            f"{name} needs opset {minimum} or later, the model has {default_opset(model)}: "
+            "raise it first (raqu_onnx.opset.ensure_opset)"
+        )
 
 
 def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
@@ -208,13 +231,21 @@ def replace_constant(node: ir.Node, index: int, array: NDArray[Any], names: Name
     node.replace_input_with(index, add_initializer(graph_of(node), names.fresh(wanted), array))
 
 
-def append_node(node: ir.Node, op_type: str, other: ir.Value, names: Names, wanted: str) -> ir.Node:
-    """Insert `op_type(node's output, other)` behind a node; the new node takes over the output's name and readers.
+def append_node(
+    node: ir.Node,
+    op_type: str,
+    others: Sequence[ir.Value],
+    names: Names,
+    wanted: str,
+    attributes: Sequence[ir.Attr] = (),
+) -> ir.Node:
+    """Insert `op_type(node's output, *others)` behind a node; the new node takes over the output's name and readers.
 
-    Shape and type are taken over too, so `op_type` must not change them.
+    Shape and type are taken over too, so `op_type` must not change them; a Cast's caller corrects the type of what goes
+    into it.
     """
     inner = node.outputs[0]
-    added = ir.Node("", op_type, [inner, other], name=names.fresh(wanted))
+    added = ir.Node("", op_type, [inner, *others], attributes, name=names.fresh(wanted))
     outer = added.outputs[0]
     outer.type = inner.type
     outer.shape = None if inner.shape is None else inner.shape.copy()

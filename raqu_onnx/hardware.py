@@ -35,6 +35,7 @@ __all__ = [
     "SignedEncoding",
     "builtin_chips",
     "chip_source_path",
+    "is_builtin_chip",
     "load_chip",
 ]
 
@@ -48,6 +49,11 @@ Figure = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
 # No dots, so that `crossbars.NAME.rows` names one figure; safe in file names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+
+# One of these keys stands in every chip file, even in an unfinished one; one of the others in most configurations.
+_TELLING = frozenset({"schema_version", "name", "crossbars", "encoding", "dac_bits", "sharing"})
+_SETTINGS = frozenset({"model", "hw", "calibration", "selection", "eval", "weight_bits", "activation_bits", "seed"})
 
 
 class _Table(BaseModel):
@@ -311,7 +317,9 @@ def load_chip(name_or_path: str | os.PathLike[str]) -> Chip:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ChipFileError(path, [f"cannot be read: {reason}"]) from error
+        name = Path(path).name.removesuffix(".toml")
+        hint = f"; did you mean the built-in chip {name}?" if is_builtin_chip(name) else ""
+        raise ChipFileError(path, [f"cannot be read: {reason}{hint}"]) from error
     return _parse(data, path)
 
 
@@ -322,6 +330,11 @@ def builtin_chips() -> list[str]:
         for entry in files("raqu_onnx.hw_models").iterdir()
         if entry.name.endswith(".toml")
     )
+
+
+def is_builtin_chip(name: str) -> bool:
+    """Whether a built-in chip has that name."""
+    return name in builtin_chips()
 
 
 def chip_source_path(name: str) -> Traversable:
@@ -357,6 +370,10 @@ def _parse(data: bytes, label: str) -> Chip:
         raise ChipFileError(label, [problem]) from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise ChipFileError(label, [f"is not valid TOML: {error}"]) from error
+    if document and not document.keys() & _TELLING:
+        problem = "is no chip description: it has neither crossbars nor an encoding"
+        hint = "; settings of a run are given with --config" if document.keys() & _SETTINGS else ""
+        raise ChipFileError(label, [f"{problem}{hint}"])
     try:
         return Chip.model_validate(document)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from raqu_onnx.placement import DoesNotFitError, Placement, place
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import onnx
@@ -37,12 +37,14 @@ class NodeTiling:
         crossbars: Crossbars that it takes.
         cells: Cells that its weights program.
         utilization: Programmed cells over cells of those crossbars.
+        crossbar_type: Name of their type.
     """
 
     node: MappedNode
     crossbars: int
     cells: int
     utilization: float
+    crossbar_type: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path | onnx.ModelProto | ir.Model, chip: Chip | str = "generic", *, weight_bits: int = 8
+    model: str | Path | onnx.ModelProto | ir.Model,
+    chip: Chip | str = "generic",
+    *,
+    weight_bits: int = 8,
+    exclude: Iterable[str] = (),
 ) -> Inspection:
     """Tile every Conv, ConvTranspose, Gemm and MatMul of a model.
 
@@ -77,14 +83,17 @@ def inspect(
         model: Path, or a model in memory, which is not changed. Weights are not read.
         chip: A chip, the name of a built-in one, or a TOML file.
         weight_bits: Width of all weights, 2 to 8.
+        exclude: Patterns of nodes that stay as they are: names, operator types or regular expressions.
 
     Raises:
-        ModelError: The model cannot be read, or has no node to map.
+        ConfigError: A pattern means no node.
+        ModelError: The model cannot be read, is quantized already, or has no node to map.
         ChipError: The chip file is wrong, or one kernel is wider than a crossbar.
     """
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     with naming_model(model):
-        loaded = TidyPass()(load_model(model, check_weights=False)).model
-        AnnotateTilingPass()(loaded)
+        loaded = TidyPass(exclude=patterns)(load_model(model, check_weights=False)).model
+        AnnotateTilingPass(patterns)(loaded)
     hardware = chip if isinstance(chip, Chip) else load_chip(chip)
     nodes = [MAPPED.require(node) for node in mapped_nodes(loaded)]
     matrices = {node.name: Matrix.of(node.layout, weight_bits) for node in nodes}
@@ -126,7 +135,10 @@ def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTi
     for block in exclusive.blocks:
         slots[block.node].add(block.crossbar)
     for node in nodes:
-        shape = exclusive.geometries[exclusive.types_by_node[node.name]]
+        kind = exclusive.types_by_node[node.name]
+        shape = exclusive.geometries[kind]
         cells = exclusive.matrices[node.name].cells(shape.encoding)
         taken = len(slots[node.name])
-        yield NodeTiling(node, taken * shape.encoding.arrays_per_placement, cells, cells / (taken * shape.cells))
+        crossbars = taken * shape.encoding.arrays_per_placement
+        name = exclusive.chip.crossbars[kind].name
+        yield NodeTiling(node, crossbars, cells, cells / (taken * shape.cells), name)

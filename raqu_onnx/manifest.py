@@ -79,7 +79,7 @@ class SchemaError(ManifestError):
 
 
 class Manifest(Entry):
-    """A model on a chip."""
+    """A model on a chip; what the cells file beside it holds, `raqu-onnx manifest schema cells` tells."""
 
     format: Literal["raqu-onnx-manifest"]
     version: Literal[1]

@@ -80,7 +80,10 @@ class CellSlice(Entry):
     row: Whole = Field(description="wordline, counted from the weight's first")
     shift: Whole
     sign: Literal[1, -1]
-    polarity: Polarity | None = Field(description="with arrays in pairs: the array of the pair that holds the cell")
+    polarity: Polarity | None = Field(
+        description="the half of a signed weight that the cell holds, and with arrays in pairs the array of the pair "
+        "that it lies in; null where the encoding has no halves"
+    )
 
 
 class WidthEntry(Entry):

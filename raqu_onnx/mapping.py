@@ -6,11 +6,12 @@ A mapped node is a Conv, ConvTranspose, Gemm or MatMul whose weight is a constan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from raqu_onnx.graph_edit import infer_shapes
 from raqu_onnx.layout import MappedNode, WeightLayout, Window
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["MAPPABLE_OPS", "UnmappedNode", "describe_node", "scan"]
 
 MAPPABLE_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+# Other operators that multiply by weights, and why they stay in float.
+_RECURRENT = "it multiplies its weights by a state that changes inside the operator"
+_OTHER_OPS = {
+    "LSTM": _RECURRENT,
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+    "Einsum": "it is no Conv, Gemm or MatMul: export it as MatMul to have it mapped",
+    "DeformConv": "its window moves with its input",
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,13 @@ def scan(model: ir.Model) -> tuple[list[tuple[ir.Node, MappedNode]], list[Unmapp
     mapped: list[tuple[ir.Node, MappedNode]] = []
     unmapped: list[UnmappedNode] = []
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type not in MAPPABLE_OPS or node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx"):
             continue
         name = node.name or ""
+        if node.op_type in _OTHER_OPS and any(_is_matrix(value) for value in node.inputs):
+            unmapped.append(UnmappedNode(name, node.op_type, _OTHER_OPS[node.op_type]))
+        if node.op_type not in MAPPABLE_OPS:
+            continue
         if node.graph is not model.graph:
             unmapped.append(UnmappedNode(name, node.op_type, "it lies in the body of a control-flow node"))
             continue
@@ -55,18 +70,96 @@ def scan(model: ir.Model) -> tuple[list[tuple[ir.Node, MappedNode]], list[Unmapp
             mapped.append((node, found))
         else:
             unmapped.append(UnmappedNode(name, node.op_type, found))
-    return mapped, unmapped
+    return _with_true_rows(model, mapped), unmapped
 
 
-def describe_node(node: ir.Node) -> MappedNode | str:
-    """Read one Conv, ConvTranspose, Gemm or MatMul; a string says why it cannot be mapped."""
+def _with_true_rows(model: ir.Model, mapped: list[tuple[ir.Node, MappedNode]]) -> list[tuple[ir.Node, MappedNode]]:
+    """Correct the MVMs of matrix products whose first axis is not the samples alone.
+
+    A Reshape to (-1, K) puts tokens there as well. The shapes that the model has for one sample tell how many.
+    """
+    samples = _samples(model)
+    doubtful = {node for node, found in mapped if _mixes_samples(node, found, samples)}
+    if not doubtful:
+        return mapped
+    shapes = _shapes_of_one_sample(model)
+    batch = samples if isinstance(samples, int) else 1
+    corrected = []
+    for node, found in mapped:
+        if node in doubtful:
+            size = _positions(shapes.get(found.output_name), 0)
+            # Each MVM gives one number per kernel.
+            mvms = None if size is None else max(1, size // found.layout.kernels // max(1, batch))
+            found = replace(found, mvms=mvms)
+        corrected.append((node, found))
+    return corrected
+
+
+def _mixes_samples(node: ir.Node, found: MappedNode, samples: int | str | None) -> bool:
+    """Whether the first axis of a product's output may hold more than the samples (rows of the left operand do)."""
+    if found.window is not None or found.input_transposed:
+        return False
+    shape = node.outputs[0].shape
+    if found.constant_left and shape is not None and len(shape) < 3:
+        return False
+    return samples is None or _first(shape) != samples
+
+
+def _first(shape: ir.Shape | None) -> int | str | None:
+    if not shape:
+        return None
+    first = shape[0]
+    return first if isinstance(first, int) else first.value
+
+
+def _samples(model: ir.Model) -> int | str | None:
+    """The first axis of what is fed: a number, the name of a dimension, or None where it is unknown."""
+    fed = (value.shape for value in model.graph.inputs if not value.is_initializer())
+    return next((_first(shape) for shape in fed if shape), None)
+
+
+def _shapes_of_one_sample(model: ir.Model) -> dict[str, ir.Shape]:
+    """Shapes by name of what the nodes of the main graph compute, with one sample fed where the batch is free."""
+    copy = model.clone()
+    samples = _samples(model)
+    for value in copy.graph.inputs:
+        if value.shape is not None and not value.is_initializer():
+            names = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            free = [not isinstance(name, int) and name == samples for name in names]
+            # Without names, only the first axis can be told to be the samples.
+            known = [axis == 0 if samples is None else True for axis in range(len(names))]
+            value.shape = ir.Shape([1 if f and k else n for n, f, k in zip(names, free, known, strict=True)])
+    for node in copy.graph:
+        for output in node.outputs:
+            output.shape = None
+    infer_shapes(copy)
+    outputs = (output for node in copy.graph for output in node.outputs)
+    return {output.name: output.shape for output in outputs if output.name and output.shape is not None}
+
+
+def describe_node(node: ir.Node, weight_type: ir.DataType = ir.DataType.FLOAT) -> MappedNode | str:
+    """Read one Conv, ConvTranspose, Gemm or MatMul; a string says why it cannot be mapped.
+
+    Args:
+        node: A node of one of these types.
+        weight_type: The type that its weight has to be of.
+    """
     describe: Callable[[ir.Node], MappedNode | str] = {
         "Conv": _describe_conv,
         "ConvTranspose": _describe_conv,
         "Gemm": _describe_gemm,
         "MatMul": _describe_matmul,
     }[node.op_type]
-    return describe(node)
+    found = describe(node)
+    if isinstance(found, MappedNode):
+        slot = 0 if found.constant_left else 1
+        tensor = _constant(node.inputs[slot])
+        if tensor is not None and tensor.dtype != weight_type:
+            what = {"Gemm": "operand B", "MatMul": ("first operand", "second operand")[slot]}.get(
+                node.op_type, "weight"
+            )
+            return f"its {what} is {tensor.dtype.name.lower()}, only float (32 bits) is mapped"
+    return found
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -76,12 +169,16 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value
 
 
+def _is_matrix(value: ir.Value | None) -> bool:
+    """Whether a value is a constant that could be a weight."""
+    tensor = _constant(value)
+    return tensor is not None and len(tensor.shape) > 1
+
+
 def _weight_problem(value: ir.Value | None, what: str) -> str | None:
     tensor = _constant(value)
     if tensor is None:
         return f"its {what} is not a constant"
-    if tensor.dtype != ir.DataType.FLOAT:
-        return f"its {what} is {tensor.dtype.name.lower()}, only float (32 bits) is mapped"
     if math.prod(tensor.shape.numpy()) == 0:
         return f"its {what} is empty"
     return None

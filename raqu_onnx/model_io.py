@@ -20,14 +20,24 @@ from raqu_onnx.data_base import InputSpec
 from raqu_onnx.errors import ModelError, OutputError
 from raqu_onnx.external_files import external_problem
 from raqu_onnx.graph_edit import all_finite, model_graphs, one_line, weight_values
+from raqu_onnx.memory import in_memory, leave_message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["load_model", "model_digest", "model_inputs", "save_model", "to_proto"]
+__all__ = [
+    "LARGEST_PROTO",
+    "internalize",
+    "load_model",
+    "model_digest",
+    "model_inputs",
+    "save_model",
+    "to_proto",
+    "weight_bytes",
+]
 
-# A protobuf message cannot be larger than 2 GiB; what is not weights gets the rest.
-_LARGEST_PROTO = 1_900_000_000
+#: Bytes of weights that one file holds: a protobuf message cannot be larger than 2 GiB, the rest is for the graph.
+LARGEST_PROTO = 1_900_000_000
 # Tensors up to this size stay in the ONNX file when the others go into a file of their own.
 _SMALL_BYTES = 1024
 _READ_BYTES = 1 << 20
@@ -65,6 +75,7 @@ def load_model(source: str | Path | onnx.ModelProto | ir.Model, *, check_weights
     _check_structure(model, where)
     if check_weights:
         _check_weights(model, where)
+        leave_message(model)
     return model
 
 
@@ -83,14 +94,14 @@ def save_model(model: ir.Model, path: str | Path, *, external_data: bool | None 
         OutputError: If the file cannot be written, or one file cannot hold the model.
     """
     path = Path(path)
-    size = _weight_bytes(model)
+    size = weight_bytes(model)
     if external_data is None:
-        external_data = size > _LARGEST_PROTO
-    if not external_data and size > _LARGEST_PROTO:
+        external_data = size > LARGEST_PROTO
+    if not external_data and size > LARGEST_PROTO:
         raise OutputError(f"{path}: {size:,} bytes of weights do not fit into one ONNX file (2 GiB): use external data")
     try:
         copy = model.clone()
-        _internalize(copy, initializers=not external_data)
+        internalize(copy, initializers=not external_data)
         if external_data:
             ir.external_data.unload_from_model(
                 copy, path.parent, f"{path.name}.data", size_threshold_bytes=_SMALL_BYTES
@@ -106,19 +117,23 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     Raises:
         ModelError: If the weights are too large for a message.
     """
-    size = _weight_bytes(model)
-    if size > _LARGEST_PROTO:
+    size = weight_bytes(model)
+    if size > LARGEST_PROTO:
         raise ModelError(f"model: {size:,} bytes of weights do not fit into one message (2 GiB)")
     copy = model.clone()
-    _internalize(copy, initializers=True)
+    internalize(copy, initializers=True)
     return ir.serde.serialize_model(copy)
 
 
-def model_digest(source: str | Path | onnx.ModelProto) -> str:
+def model_digest(source: str | Path | onnx.ModelProto, model: ir.Model | None = None) -> str:
     """SHA-256 of a model as hexadecimal digits.
 
     Of the file's bytes, followed by those of its external data files in the order of their names; for a message, of
     its deterministic serialization.
+
+    Args:
+        source: The file or message.
+        model: What `load_model` made of the file, where it is at hand: the file is then not parsed again.
 
     Raises:
         ModelError: If a file cannot be read, or external data lies outside the model's folder.
@@ -128,9 +143,10 @@ def model_digest(source: str | Path | onnx.ModelProto) -> str:
         digest.update(source.SerializeToString(deterministic=True))
         return digest.hexdigest()
     path = Path(source)
-    model = _deserialized(_read(path), str(path))
-    _set_folder(model, _folder_of(path))
-    _check_external_data(model, str(path), in_memory=False)
+    if model is None:
+        model = _deserialized(_read(path), str(path))
+        _set_folder(model, _folder_of(path))
+        _check_external_data(model, str(path), in_memory=False)
     files = {t.path for _, t in _tensors(model) if isinstance(t, ir.ExternalTensor)}
     for file in (path, *map(Path, sorted(files))):
         try:
@@ -236,7 +252,8 @@ def _tensors(model: ir.Model, *, data_only: bool = False) -> Iterator[tuple[str,
                 yield f"{kind} '{node.outputs[0].name}'", tensor
 
 
-def _weight_bytes(model: ir.Model) -> int:
+def weight_bytes(model: ir.Model) -> int:
+    """Size of all tensors of a model, wherever they lie."""
     return sum(tensor.nbytes for _, tensor in _tensors(model))
 
 
@@ -353,20 +370,16 @@ def _has_nan(array: np.ndarray[Any, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def _internalize(model: ir.Model, *, initializers: bool) -> None:
+def internalize(model: ir.Model, *, initializers: bool) -> None:
     """Read external tensors into the model: those of nodes, and those of initializers too if asked."""
     for graph in model_graphs(model):
         for value in graph.initializers.values() if initializers else ():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _in_memory(value.const_value)
+                value.const_value = in_memory(value.const_value)
         for node in graph:
             for key, attribute in tuple(node.attributes.items()):
                 if isinstance(attribute.value, ir.ExternalTensor):
-                    node.attributes[key] = ir.AttrTensor(key, _in_memory(attribute.value))
-
-
-def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+                    node.attributes[key] = ir.AttrTensor(key, in_memory(attribute.value))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from raqu_onnx.annotations import (
     EMITTED,
+    KEPT,
     PLACEMENT,
     QUANTIZED,
     QUANTIZER,
@@ -20,34 +22,38 @@ from raqu_onnx.annotations import (
     unmapped_nodes,
 )
 from raqu_onnx.config import OptimizeConfig
-from raqu_onnx.errors import CheckError, ModelError, naming_model
-from raqu_onnx.evaluation import collect, make_session, score
+from raqu_onnx.cpu import may_saturate, saturation_warning
+from raqu_onnx.errors import CheckError, naming_model
+from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
-from raqu_onnx.inspection import inspect, place_anyway
-from raqu_onnx.model_io import load_model, model_digest, save_model, to_proto
+from raqu_onnx.inspection import place_anyway
+from raqu_onnx.model_io import load_model, model_digest, save_model
 from raqu_onnx.output import check_output, staged_folder
+from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import MODEL_FILE
 from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
 from raqu_onnx.results import Figures, OptimizeResult
-from raqu_onnx.run_data import RunData, describe, open_run_data
+from raqu_onnx.run_data import RunData, open_run_data
 from raqu_onnx.search import no_progress
+from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import onnx
 
     from raqu_onnx.data import DataSource
-    from raqu_onnx.evaluation import Outputs, Score
+    from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.quantizer import ModelQuantizer
-    from raqu_onnx.search import Goal, ProgressCallback, SearchResult, UniformBaseline
+    from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
-__all__ = ["REPORT_FILE", "optimize", "plan"]
+__all__ = ["REPORT_FILE", "optimize"]
 
 REPORT_FILE = "report.json"
 _DUMPS = "dumps"
-_QUANTIZED_OPS = ("QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
 
 def optimize(
@@ -59,8 +65,11 @@ def optimize(
     evaluation: DataSource | None = None,
     chip: Chip | str | None = None,
     config: OptimizeConfig | None = None,
+    exclude: Iterable[str] = (),
+    keep: Iterable[str] = (),
     force: bool = False,
     progress: ProgressCallback = no_progress,
+    **settings: Any,
 ) -> OptimizeResult:
     """Quantize a model for a chip, map it, and write model, manifest and report into a folder.
 
@@ -73,8 +82,11 @@ def optimize(
         evaluation: Data that the result is reported on.
         chip: A chip, the name of a built-in one, or a TOML file.
         config: Settings.
+        exclude: Patterns of nodes that stay as they are: names, operator types or regular expressions.
+        keep: Patterns of nodes that keep 8 bits, and `first` or `last`.
         force: Replace files of an earlier run in `output`.
         progress: Told of every step of long passes.
+        settings: Any other field of `OptimizeConfig`, which wins over `config`: ``weight_bits=(2, 8), seed=1``.
 
     Returns:
         The figures of float, baselines and ours, the search and all checks.
@@ -86,79 +98,46 @@ def optimize(
     import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    settings = (config or OptimizeConfig()).given(
+    run_settings = _with_settings(config or OptimizeConfig(), exclude, keep, settings).given(
         model=model,
         hw=chip.name if isinstance(chip, Chip) else chip,
         calibration=calibration,
         selection=selection,
         evaluation=evaluation,
     )
-    folder = _path(output or settings.output)
+    folder = _path(output or run_settings.output)
     path = model if isinstance(model, str | Path) else None
     if folder is not None:
         check_output(folder, force=force, source=_path(path))
     # Many small matrix products: threads of BLAS and onnxruntime would fight for the same cores.
     with naming_model(model), threadpool_limits(1, user_api="blas"), staged_folder(folder) as staging:
         loaded = load_model(model)
-        _refuse_quantized(loaded, model)
-        hardware = chip if isinstance(chip, Chip) else load_chip(chip or settings.hw)
-        data = open_run_data(loaded, settings, calibration, selection, evaluation)
-        digest = None if path is None else model_digest(path)
+        hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
+        data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
+        digest = None if path is None else model_digest(path, loaded)
         resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress)
-        run = _Run(loaded, settings, resources, data)
+        run = _Run(loaded, run_settings, resources, data)
         return run.execute(folder)
 
 
-def plan(
-    model: str | Path, output: str | Path | None, *, config: OptimizeConfig, force: bool = False
-) -> dict[str, Any]:
-    """Open and check all that a run needs, and say what it would do; nothing is written.
+def _with_settings(
+    config: OptimizeConfig, exclude: Iterable[str], keep: Iterable[str], settings: dict[str, Any]
+) -> OptimizeConfig:
+    """The settings with those given as arguments over them.
 
     Raises:
-        RaquError: As `optimize` would.
+        ConfigError: One of them is unknown or wrong.
     """
-    folder = _path(output or config.output)
-    if folder is not None:
-        check_output(folder, force=force, source=Path(model))
-    with naming_model(model):
-        loaded = load_model(model)
-        _refuse_quantized(loaded, model)
-        hardware = load_chip(config.hw)
-        data = open_run_data(loaded, config)
-        passes = build_pipeline(config, Resources(hardware, data.calibration, data.selection, Path()))
-        seen = inspect(loaded, hardware)
-    return {
-        "mapped_nodes": len(seen.nodes),
-        "unmapped_nodes": len(seen.unmapped),
-        "chip": hardware.name,
-        "uniform_8_bit_crossbars": seen.packed.crossbars,
-        "calibration": describe(data.calibration),
-        "selection": describe(data.selection),
-        "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
-        "goal": _goal(config.goal),
-        "passes": [str(getattr(item, "name", item)) for item in passes],
-        "warnings": list(data.warnings),
-    }
-
-
-def _goal(goal: Goal) -> str:
-    within = f"within {goal.max_accuracy_drop:g} points of float" if goal.max_accuracy_drop is not None else ""
-    if goal.max_crossbars is None:
-        return f"fewest crossbars {within}"
-    return f"least loss within {goal.max_crossbars} crossbars" + (f", {within}" if within else "")
+    given = {**settings}
+    for key, patterns in (("exclude", exclude), ("keep", keep)):
+        if patterns:
+            given[key] = patterns if isinstance(patterns, str) else tuple(patterns)
+    checked = OptimizeConfig(**given)
+    return config.model_copy(update={name: getattr(checked, name) for name in checked.model_fields_set})
 
 
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
-
-
-def _refuse_quantized(model: ir.Model, source: object) -> None:
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type in _QUANTIZED_OPS or node.op_type.startswith("QLinear"):
-            where = source if isinstance(source, str | Path) else "the model"
-            raise ModelError(
-                f"{where}: it is already quantized (node {node.name or '?'}, {node.op_type}); give the float model"
-            )
 
 
 class _Run:
@@ -173,8 +152,14 @@ class _Run:
     def execute(self, folder: Path | None) -> OptimizeResult:
         passes = build_pipeline(self.settings, self.resources)
         staging = self.resources.folder
-        float_proto = to_proto(self.model)
-        model, timings = run_pipeline(self.model, passes, dump_after=self.settings.dump_after, dumps=staging / _DUMPS)
+        before = self.model.clone()
+        model, timings = run_pipeline(
+            self.model,
+            passes,
+            dump_after=self.settings.dump_after,
+            dumps=staging / _DUMPS,
+            progress=self.resources.progress,
+        )
         validation = VALIDATION.get(model)
         if validation is not None and not validation.passed:
             failed = "; ".join(f"{check.name}: {check.detail}" for check in validation.failures)
@@ -182,7 +167,7 @@ class _Run:
         if not (staging / MODEL_FILE).exists():
             # A pipeline that ends early still yields its model.
             save_model(model, staging / MODEL_FILE)
-        figures, levels = self._figures(model, float_proto)
+        figures, levels = self._figures(model, before)
         placement = PLACEMENT.get(model)
         result = OptimizeResult(
             output=folder,
@@ -192,28 +177,32 @@ class _Run:
             levels=levels,
             lower_bound=None if placement is None else placement.lower_bound,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
-            warnings=(*self.data.warnings, *(self.data.unread_labels(figures[0]) if figures else ())),
+            warnings=(
+                *self.data.warnings,
+                *(self.data.label_warnings(figures[0]) if figures else ()),
+                *saturation_warning(_saturating(model)),
+            ),
             timings=tuple(timings),
             bits=_bits_by_node(model),
+            data=self.data.summary(),
+            kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
         )
         self._write_report(result)
         return result
 
     def _write_report(self, result: OptimizeResult) -> None:
-        # Times differ from run to run; files must not.
-        content = {key: value for key, value in result.to_json().items() if key not in ("seconds", "output")}
-        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(result.report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
         (self.resources.folder / REPORT_FILE).write_text(text, encoding="utf-8")
 
     # --- figures ----------------------------------------------------------------------------------------------
 
-    def _figures(self, model: ir.Model, float_proto: onnx.ModelProto) -> tuple[tuple[Figures, ...], dict[str, Score]]:
+    def _figures(self, model: ir.Model, before: ir.Model) -> tuple[tuple[Figures, ...], dict[str, Score]]:
         placement, found = PLACEMENT.get(model), SEARCH.get(model)
         # Without quantized operands in the graph there is nothing of ours to judge.
         if placement is None or any(EMITTED.get(node) is None for node in mapped_nodes(model)):
             return (), {}
         quantizer = QUANTIZER.require(model)
-        judge = _Judge(self, float_proto, quantizer)
+        judge = _Judge(self, before, quantizer)
         rows = [
             Figures(
                 "float", None, None, None, None, None,
@@ -242,55 +231,55 @@ class _Run:
 class _Judge:
     """Scores on the evaluation data; all None without any."""
 
-    def __init__(self, run: _Run, float_proto: onnx.ModelProto, quantizer: ModelQuantizer) -> None:
+    def __init__(self, run: _Run, float_model: ir.Model, quantizer: ModelQuantizer) -> None:
         self._dataset = run.data.evaluation
         self._settings = run.settings
         self._quantizer = quantizer
         self._progress = run.resources.progress
-        self._proto = float_proto
-        self._reference: Outputs | None = None
+        self._float_model = float_model
+        self._reference: Reference | None = None
         self._simulator: Simulator | None = None
         self.reference_score: Score | None = None
         if self._dataset is not None:
-            session = make_session(float_proto.SerializeToString(), threads=run.settings.threads)
-            self._reference = collect(session, self._dataset, run.settings.batch_size)
-            self.reference_score = score(self._reference, self._reference)
+            session = make_session(session_model(float_model), threads=run.settings.threads)
+            self._reference = Reference(session, self._dataset, run.settings.batch_size, run.settings.task)
+            self.reference_score = self._reference.score
 
     def uniform(self, baseline: UniformBaseline) -> Score | None:
         """Score of one width for the whole model."""
-        if self._dataset is None:
+        if self._dataset is None or self._reference is None:
             return None
         self._progress(f"evaluating uniform {baseline.weight_bits} bits", 0, 1)
         if self._simulator is None:
             nodes = [source.node for source in self._quantizer.sources.values()]
             self._simulator = Simulator(
-                _tidied(self._proto),
+                _tidied(self._float_model, self._settings.exclude),
                 nodes,
                 threads=self._settings.threads,
                 float_activations=baseline.activation_bits is None,
             )
-        bits = NodeBits(baseline.weight_bits, baseline.activation_bits)
-        quantized = self._quantizer.quantize_model(dict.fromkeys(self._quantizer.sources, bits))
-        outputs = self._simulator.run(quantized, self._dataset.batches(self._settings.batch_size))
-        return score(outputs, self._reference)
+        weights = baseline.bits.weights
+        activations = baseline.bits.activations or (None,) * len(weights)
+        bits = (NodeBits(*pair) for pair in zip(weights, activations, strict=True))
+        quantized = self._quantizer.quantize_model(dict(zip(self._quantizer.sources, bits, strict=True)))
+        batches = self._dataset.batches(self._settings.batch_size)
+        return self._reference.judge(self._simulator.stream(quantized, batches))
 
     def levels(self, path: Path) -> dict[str, Score]:
         """Score of the emitted file at both optimization levels."""
-        if self._dataset is None:
+        if self._dataset is None or self._reference is None:
             return {}
         scores: dict[str, Score] = {}
         for level in ("disable-all", "enable-all"):
             self._progress(f"evaluating the emitted model, {level}", 0, 1)
             session = make_session(path, level=level, threads=self._settings.threads)
-            scores[level] = score(collect(session, self._dataset, self._settings.batch_size), self._reference)
+            scores[level] = self._reference.judge(run_batches(session, self._dataset, self._settings.batch_size))
         return scores
 
 
-def _tidied(proto: onnx.ModelProto) -> ir.Model:
-    from raqu_onnx.passes.tidy import TidyPass
-
-    model: ir.Model = TidyPass()(load_model(proto, check_weights=False)).model
-    return model
+def _tidied(model: ir.Model, exclude: tuple[str, ...]) -> ir.Model:
+    tidied: ir.Model = TidyPass(exclude=exclude)(model.clone()).model
+    return tidied
 
 
 def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip) -> list[Figures]:
@@ -303,15 +292,19 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
     modes: tuple[tuple[str, Sharing], ...] = (("unpacked", "exclusive"), ("packed", chip.sharing))
     for item in baselines:
         kind = "best uniform" if item is found.best_uniform else "uniform"
+        widest = max(item.bits.weights)
+        but = f", kept at {widest}" if min(item.bits.weights) < widest else ""
         evaluation = judge.uniform(item)
-        matrices = {name: Matrix.of(source.node.layout, item.weight_bits) for name, source in quantizer.sources.items()}
+        sources = zip(quantizer.sources.items(), item.bits.weights, strict=True)
+        matrices = {name: Matrix.of(source.node.layout, bits) for (name, source), bits in sources}
+        weights = sum(m.weight_bits for m in matrices.values()) / sum(m.rows * m.bits.size for m in matrices.values())
         for label, mode in modes:
             placed, _ = place_anyway(matrices, chip, mode)
             rows.append(
                 Figures(
-                    f"{kind} {item.weight_bits}-bit, {label}",
-                    item.weight_bits,
-                    item.activation_bits,
+                    f"{kind} {item.weight_bits}-bit{but}, {label}",
+                    weights,
+                    None if item.bits.activations is None else float(np.mean(item.bits.activations)),
                     placed.crossbars,
                     placed.cell_utilization,
                     placed.bit_utilization,
@@ -320,6 +313,17 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
                 )
             )
     return rows
+
+
+def _saturating(model: ir.Model) -> list[str]:
+    """Emitted nodes whose sums may saturate on some CPUs."""
+    found = [QUANTIZED.get(node) for node in model.graph if EMITTED.get(node) is not None]
+    return [
+        item.node.name
+        for item in found
+        if item is not None
+        and may_saturate(item.codes, item.node.layout, None if item.activation is None else item.activation.levels)
+    ]
 
 
 def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:

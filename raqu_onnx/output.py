@@ -18,6 +18,8 @@ __all__ = ["RESULT_FILES", "check_output", "staged_folder"]
 
 #: What a run may write at the top of its folder; those that a new run does not write would contradict it.
 RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json")
+# Likewise below it: models dumped after a pass, such as dumps/00-tidy.onnx, and their weights.
+_RESULT_PATTERNS = ("dumps/[0-9][0-9]-*.onnx", "dumps/[0-9][0-9]-*.onnx.data")
 
 
 def check_output(folder: Path, *, force: bool, source: Path | None = None) -> None:
@@ -110,8 +112,8 @@ class _Publication:
         self._make(self._folder)
         items = sorted(self._fresh.rglob("*"))
         names = {item.relative_to(self._fresh) for item in items}
-        for stale in map(Path, RESULT_FILES):
-            if stale not in names and (self._folder / stale).is_file():
+        for stale in self._earlier():
+            if stale not in names:
                 self._set_aside(stale)
         for item in items:
             name = item.relative_to(self._fresh)
@@ -121,6 +123,11 @@ class _Publication:
                 self._set_aside(name)
                 self._undo.append((self._folder / name, None))
                 item.rename(self._folder / name)
+
+    def _earlier(self) -> list[Path]:
+        """Files of an earlier run, relative to the folder."""
+        dumps = (path.relative_to(self._folder) for glob in _RESULT_PATTERNS for path in self._folder.glob(glob))
+        return [name for name in (*map(Path, RESULT_FILES), *dumps) if (self._folder / name).is_file()]
 
     def _make(self, folder: Path) -> None:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]

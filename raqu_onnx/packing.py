@@ -6,14 +6,13 @@ Three rules for what may share a crossbar, set by the chip:
 * ``diagonal``: blocks of any nodes, with disjoint rows and disjoint columns, so that all can compute at once.
 * ``time``: blocks of any nodes that do not overlap; those that share rows or columns take turns.
 
-Packers place one block after another and can be copied, so that a placement can be tried and thrown away.
+Packers place one block after another; what was placed on trial can be taken back, at a cost of what was placed only.
 """
 
 from __future__ import annotations
 
 import abc
-import copy
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,13 +29,16 @@ class Packer(abc.ABC):
         rows: Wordlines of a crossbar.
         cols: Bitlines of a crossbar.
         limit: Most crossbars that may be opened, None for no limit.
+        fields: Numbers that describe one free rectangle.
     """
 
-    def __init__(self, rows: int, cols: int, limit: int | None = None) -> None:
+    def __init__(self, rows: int, cols: int, limit: int | None = None, *, fields: int) -> None:
         self.rows = rows
         self.cols = cols
         self.limit = limit
         self.opened = 0
+        self._opened_before = 0
+        self._free = _FreeList(fields)
 
     def place(self, height: int, width: int, owner: int) -> tuple[int, int, int] | None:
         """Place a block of `height` by `width` cells of the node `owner`.
@@ -56,9 +58,15 @@ class Packer(abc.ABC):
         self._open(crossbar, height, width, owner)
         return crossbar, 0, 0
 
-    def copy(self) -> Self:
-        """An independent packer in the same state."""
-        return copy.deepcopy(self)
+    def begin(self) -> None:
+        """From here on, `rollback` takes back every block that is placed; those placed before stay for good."""
+        self._opened_before = self.opened
+        self._free.begin()
+
+    def rollback(self) -> None:
+        """Return to the state at the last `begin`, and trial placing starts anew."""
+        self.opened = self._opened_before
+        self._free.rollback()
 
     @abc.abstractmethod
     def _reuse(self, height: int, width: int, owner: int) -> tuple[int, int, int] | None:
@@ -77,9 +85,12 @@ class _FreeList:
         self.used = np.zeros(64, bool)
         self.top = 0
         self._holes: list[int] = []
+        # What undoes each change since `begin`: index, values popped or None, whether it filled a hole.
+        self._journal: list[tuple[int, list[int] | None, bool]] | None = None
 
     def add(self, *values: int) -> None:
-        if self._holes:
+        from_hole = bool(self._holes)
+        if from_hole:
             index = self._holes.pop()
         else:
             index = self.top
@@ -89,12 +100,31 @@ class _FreeList:
                 self.used = np.concatenate([self.used, np.zeros_like(self.used)])
         self.rows[index] = values
         self.used[index] = True
+        if self._journal is not None:
+            self._journal.append((index, None, from_hole))
 
     def pop(self, index: int) -> list[int]:
         self.used[index] = False
         self._holes.append(index)
         values: list[int] = self.rows[index].tolist()
+        if self._journal is not None:
+            self._journal.append((index, values, False))
         return values
+
+    def begin(self) -> None:
+        self._journal = []
+
+    def rollback(self) -> None:
+        for index, popped, from_hole in reversed(self._journal or []):
+            self.used[index] = popped is not None
+            if popped is not None:
+                self.rows[index] = popped
+                self._holes.pop()
+            elif from_hole:
+                self._holes.append(index)
+            else:
+                self.top -= 1
+        self._journal = []
 
 
 class GuillotinePacker(Packer):
@@ -104,8 +134,7 @@ class GuillotinePacker(Packer):
     """
 
     def __init__(self, rows: int, cols: int, limit: int | None = None) -> None:
-        super().__init__(rows, cols, limit)
-        self._free = _FreeList(5)  # crossbar, row, column, height, width
+        super().__init__(rows, cols, limit, fields=5)  # crossbar, row, column, height, width
 
     def _reuse(self, height: int, width: int, owner: int) -> tuple[int, int, int] | None:  # noqa: ARG002
         free = self._free
@@ -148,9 +177,8 @@ class DiagonalPacker(Packer):
     """
 
     def __init__(self, rows: int, cols: int, limit: int | None = None, *, exclusive: bool = False) -> None:
-        super().__init__(rows, cols, limit)
+        super().__init__(rows, cols, limit, fields=4)  # crossbar, rows left, columns left, owner
         self.exclusive = exclusive
-        self._free = _FreeList(4)  # crossbar, rows left, columns left, owner
 
     def _reuse(self, height: int, width: int, owner: int) -> tuple[int, int, int] | None:
         free = self._free

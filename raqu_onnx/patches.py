@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.layout import MappedNode, Window
 
-__all__ = ["input_vectors"]
+__all__ = ["input_vectors", "output_vectors"]
 
 
 def input_vectors(node: MappedNode, x: NDArray[Any], *, limit: int | None = None) -> NDArray[Any]:
@@ -33,6 +33,25 @@ def input_vectors(node: MappedNode, x: NDArray[Any], *, limit: int | None = None
     else:
         rows = (x.T if node.input_transposed else x).reshape(-1, node.layout.rows)
     return rows[_spread(len(rows), limit)][:, None, :]
+
+
+def output_vectors(node: MappedNode, y: NDArray[Any], *, limit: int | None = None) -> NDArray[Any]:
+    """Cut a node's output, or anything of its shape, into the results of its MVMs.
+
+    Args:
+        node: The mapped node.
+        y: Its output as ONNX defines it.
+        limit: As for `input_vectors`: the same limit keeps the results of the same MVMs.
+
+    Returns:
+        Shape (P, G, M): P results for each of G groups.
+    """
+    if node.window is not None or node.constant_left:
+        rows = np.moveaxis(y, 1 if node.window is not None else -2, -1)
+    else:
+        rows = y
+    flat = rows.reshape(-1, node.layout.groups, node.layout.kernels)
+    return np.asarray(flat[_spread(len(flat), limit)])
 
 
 def _spread(total: int, limit: int | None) -> NDArray[np.int64]:

@@ -17,10 +17,12 @@ import onnx_ir as ir
 from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
 from raqu_onnx.manifest import DataProvenance
+from raqu_onnx.memory import release_freed
 from raqu_onnx.passes import PASSES
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
 from raqu_onnx.passes.check import CheckPass
+from raqu_onnx.passes.equalize import EqualizePass
 from raqu_onnx.passes.insert_qdq import InsertQDQPass
 from raqu_onnx.passes.place_crossbars import PlaceCrossbarsPass
 from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
@@ -41,6 +43,7 @@ __all__ = [
     "Resources",
     "build_pipeline",
     "default_pipeline",
+    "pass_names",
     "pass_options",
     "run_pipeline",
 ]
@@ -99,15 +102,18 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
     bits, activation_bits = config.search_settings.widest
     return [
         # Constants folded, BatchNormalization gone, every node named, shapes known.
-        TidyPass(),
-        # Which nodes crossbars compute, and why others stay in float.
-        AnnotateTilingPass(),
+        TidyPass(exclude=config.exclude),
+        # Which nodes crossbars compute, why others stay in float, and which keep 8 bits.
+        AnnotateTilingPass(exclude=config.exclude, keep=config.keep),
+        # Channels scaled so that they use the codes of their activations equally.
+        *([_equalize(config, resources)] if config.equalize else []),
         # Ranges and second moments of the inputs of those nodes.
         CalibratePass(
             resources.calibration,
             batch_size=config.batch_size,
             threads=config.threads,
             moments=config.weight_method != "nearest",
+            pairs=config.weight_method == "gptq",
         ),
         # Bits of every node, judged on data that calibration has not seen.
         SearchBitsPass(
@@ -115,10 +121,11 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             resources.selection,
             config.goal,
             config.search_settings,
-            config.weight_method,
-            config.activation_range,
-            config.fit_samples,
-            resources.progress,
+            weight_method=config.weight_method,
+            activation_range=config.activation_range,
+            fit_samples=config.fit_samples,
+            fit_without=frozenset(config.fit_without),
+            progress=resources.progress,
         ),
         # Integer codes, scales and biases at those bits.
         QuantizeWeightsPass(
@@ -128,7 +135,10 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             weight_method=config.weight_method,
             activation_range=config.activation_range,
             fit_samples=config.fit_samples,
+            fit_without=frozenset(config.fit_without),
             threads=config.threads,
+            kept_weight_bits=config.search_settings.kept_weight_bits,
+            input_bits=config.input_bits,
         ),
         # The integers written into the graph.
         InsertQDQPass(),
@@ -149,12 +159,34 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
     ]
 
 
+def _equalize(config: OptimizeConfig, resources: Resources) -> EqualizePass:
+    return EqualizePass(resources.calibration, threads=config.threads)
+
+
 def _provenance(dataset: Dataset) -> DataProvenance:
     samples = dataset.size
     if samples is None:
         # A stream tells its size only to those who read it.
         samples = sum(batch.size for batch in dataset.batches(64))
     return DataProvenance(name=dataset.name, digest=dataset.digest, samples=samples, synthetic=dataset.synthetic)
+
+
+def pass_names(config: OptimizeConfig) -> list[str]:
+    """Names of the passes that the configuration asks for, in order, whether they exist or not.
+
+    Raises:
+        ConfigError: ``config.passes`` cannot be read.
+    """
+    names = _default_names(config) if config.passes is None else [name for name, _ in _parse(config.passes)]
+    return [name for name in names if name not in config.skip]
+
+
+def _default_names(config: OptimizeConfig) -> list[str]:
+    """Names of `default_pipeline`: those of `DEFAULT_PIPELINE`, and what the configuration adds."""
+    names = list(DEFAULT_PIPELINE)
+    if config.equalize:
+        names.insert(names.index(CalibratePass.name), EqualizePass.name)
+    return names
 
 
 def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.passes.PassBase]:
@@ -165,9 +197,9 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     Raises:
         ConfigError: A pass or an option is unknown, or a value has the wrong type.
     """
-    defaults = {_name(item): item for item in default_pipeline(config, resources)}
-    chosen = list(defaults.values())
+    chosen = default_pipeline(config, resources)
     if config.passes is not None:
+        defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}
         chosen = [_configured(name, options, defaults) for name, options in _parse(config.passes)]
     _require_known("skip", config.skip, chosen)
     chosen = [item for item in chosen if _name(item) not in config.skip]
@@ -246,7 +278,12 @@ def _name(item: ir.passes.PassBase) -> str:
 
 
 def run_pipeline(
-    model: ir.Model, passes: Iterable[ir.passes.PassBase], *, dump_after: Iterable[str] = (), dumps: Path | None = None
+    model: ir.Model,
+    passes: Iterable[ir.passes.PassBase],
+    *,
+    dump_after: Iterable[str] = (),
+    dumps: Path | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> tuple[ir.Model, list[PassTiming]]:
     """Run passes one after the other.
 
@@ -255,6 +292,7 @@ def run_pipeline(
         passes: The passes.
         dump_after: Names of passes after which the model is written to `dumps`.
         dumps: A folder for those models, made when first needed.
+        progress: Told of the start of every pass.
 
     Raises:
         ConfigError: A pass needs one that has not run.
@@ -267,6 +305,9 @@ def run_pipeline(
     for index, item in enumerate(passes):
         name = _name(item)
         logger.info("pass %s", name)
+        progress(f"pass {name}", 0, 1)
+        # What was freed before is not held beside what this pass takes.
+        release_freed()
         start = time.perf_counter()
         try:
             model = item(model).model

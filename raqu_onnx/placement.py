@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from raqu_onnx.errors import ChipError
+from raqu_onnx.mixed_placement import MixedPlacement, pack, place_mixed
 from raqu_onnx.native_output import no_native_output
-from raqu_onnx.packing import Packer, new_packer
+from raqu_onnx.packing import new_packer
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
 if TYPE_CHECKING:
@@ -154,8 +155,8 @@ def place(
 ) -> Placement:
     """Place every node of a model on a chip.
 
-    Nodes are placed by falling cells; each goes to the crossbar type on which it opens the fewest cells, its blocks
-    by falling area.
+    Blocks are placed by falling area. Where the chip has several crossbar types, each node goes to one of them, so
+    that the model takes the fewest crossbars and, among equals, the fewest cells of several assignments tried.
 
     Args:
         matrices: Weights by node name.
@@ -169,86 +170,33 @@ def place(
     """
     mode = sharing or chip.sharing
     shapes = geometries(chip)
-    packers = [
-        new_packer(
-            mode,
-            shape.rows,
-            shape.cols,
-            None if ignore_counts or kind.count is None else kind.count // shape.encoding.arrays_per_placement,
-        )
+    limits = [
+        None if ignore_counts or kind.count is None else kind.count // shape.encoding.arrays_per_placement
         for shape, kind in zip(shapes, chip.crossbars, strict=True)
     ]
     if len(shapes) == 1:
-        placed = _place_together(matrices, shapes[0], packers[0])
+        found = _place_alike(matrices, shapes[0], limits[0], mode)
     else:
-        placed = _place_by_node(matrices, shapes, packers)
-    if placed is None:
+        found = place_mixed(matrices, shapes, limits, mode)
+    if found is None:
         _raise_shortage(matrices, chip, mode)
-    by_node: dict[str, list[PlacedBlock]] = {name: [] for name in matrices}
-    for block in placed:
-        by_node[block.node].append(block)
-    return Placement(
-        chip,
-        mode,
-        dict(matrices),
-        tuple(block for blocks in by_node.values() for block in blocks),
-        tuple(packer.opened for packer in packers),
-    )
-
-
-def _place_together(matrices: Mapping[str, Matrix], shape: ArrayGeometry, packer: Packer) -> list[PlacedBlock] | None:
-    """All nodes' blocks by falling area: packs tighter than node by node."""
     names = list(matrices)
-    jobs = [(index, block) for index, name in enumerate(names) for block in tile(matrices[name], shape, where=name)]
-    jobs.sort(key=lambda job: (-job[1].height * job[1].width, -job[1].height, job[0]))
-    placed = []
-    for index, block in jobs:
-        spot = packer.place(block.height, block.width, index)
-        if spot is None:
-            return None
-        placed.append(PlacedBlock(names[index], block, 0, *spot))
-    placed.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
-    return placed
+    by_node: list[list[PlacedBlock]] = [[] for _ in names]
+    for node, block, kind, spot in found.spots:
+        by_node[node].append(PlacedBlock(names[node], block, kind, *spot))
+    for blocks in by_node:
+        blocks.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
+    return Placement(chip, mode, dict(matrices), tuple(block for blocks in by_node for block in blocks), found.opened)
 
 
-def _place_by_node(
-    matrices: Mapping[str, Matrix], shapes: Sequence[ArrayGeometry], packers: list[Packer]
-) -> list[PlacedBlock] | None:
-    """Node by node, each on the crossbar type on which it opens the fewest new cells."""
-    placed: list[PlacedBlock] = []
-    order = sorted(matrices, key=lambda name: -matrices[name].cells(shapes[0].encoding))
-    for owner, name in enumerate(order):
-        best: tuple[int, int, Packer, list[PlacedBlock]] | None = None
-        for index, shape in enumerate(shapes):
-            trial = packers[index].copy()
-            blocks = _try_node(name, owner, matrices[name], index, shape, trial)
-            if blocks is None:
-                continue
-            opened = (trial.opened - packers[index].opened) * shape.cells
-            if best is None or opened < best[0]:
-                best = (opened, index, trial, blocks)
-        if best is None:
-            return None
-        packers[best[1]] = best[2]
-        placed.extend(best[3])
-    return placed
-
-
-def _try_node(
-    name: str, owner: int, matrix: Matrix, index: int, shape: ArrayGeometry, packer: Packer
-) -> list[PlacedBlock] | None:
-    try:
-        blocks = tile(matrix, shape, where=name)
-    except ChipError:
-        return None
-    placed = []
-    for block in sorted(blocks, key=lambda item: (-item.height * item.width, -item.height)):
-        spot = packer.place(block.height, block.width, owner)
-        if spot is None:
-            return None
-        placed.append(PlacedBlock(name, block, index, *spot))
-    placed.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
-    return placed
+def _place_alike(
+    matrices: Mapping[str, Matrix], shape: ArrayGeometry, limit: int | None, mode: Sharing
+) -> MixedPlacement | None:
+    """All nodes' blocks on the only crossbar type."""
+    tiled = [tile(matrix, shape, where=name) for name, matrix in matrices.items()]
+    packer = new_packer(mode, shape.rows, shape.cols, limit)
+    spots = pack([(node, block) for node, blocks in enumerate(tiled) for block in blocks], 0, packer)
+    return None if spots is None else MixedPlacement(tuple(spots), (packer.opened,))
 
 
 def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> NoReturn:
@@ -276,29 +224,27 @@ def _too_wide(name: str, matrix: Matrix, shape: ArrayGeometry) -> bool:
 
 
 def count_crossbars(matrix: Matrix, chip: Chip, sharing: Sharing | None = None) -> int:
-    """Crossbars that one node takes alone, on the type where it allocates the fewest cells.
+    """Crossbars that one node takes alone, on the type where it takes the fewest.
 
     Raises:
         ChipError: One kernel is wider than every crossbar.
     """
     mode = sharing or chip.sharing
-    best: tuple[int, int] | None = None
+    best: int | None = None
     error: ChipError | None = None
     for shape in geometries(chip):
         try:
-            blocks = tile(matrix, shape)
+            jobs = [(0, block) for block in tile(matrix, shape)]
         except ChipError as exc:
             error = exc
             continue
         packer = new_packer(mode, shape.rows, shape.cols)
-        for block in sorted(blocks, key=lambda item: (-item.height * item.width, -item.height)):
-            packer.place(block.height, block.width, 0)
-        cells = packer.opened * shape.cells
-        if best is None or cells < best[0]:
-            best = (cells, packer.opened * shape.encoding.arrays_per_placement)
+        pack(jobs, 0, packer)
+        crossbars = packer.opened * shape.encoding.arrays_per_placement
+        best = crossbars if best is None else min(best, crossbars)
     if best is None:
         raise error or ChipError(f"chip {chip.name} has no crossbar type")
-    return best[1]
+    return best
 
 
 def lower_bound(matrices: Sequence[Matrix], shapes: Sequence[ArrayGeometry], counts: Sequence[int | None]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.quantized import ActivationQuantizer, QuantizedNode
-from raqu_onnx.statistics import activation_quantizer
+from raqu_onnx.ranges import activation_quantizer
 from raqu_onnx.weights import WeightFitter
 
 if TYPE_CHECKING:
@@ -26,14 +26,36 @@ if TYPE_CHECKING:
     from raqu_onnx.data import Dataset
     from raqu_onnx.encodings import SignedEncoding
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.ranges import RangeMethod
     from raqu_onnx.sequential import SequentialQuantizer
-    from raqu_onnx.statistics import Histogram, InputMoments, RangeMethod
-    from raqu_onnx.weights import FittedWeights, Target, WeightMethod
+    from raqu_onnx.statistics import Histogram, InputMoments
+    from raqu_onnx.weights import FitPart, FittedWeights, Target, WeightMethod
 
-__all__ = ["ModelQuantizer", "NodeSource"]
+__all__ = ["ModelQuantizer", "NodeSource", "QuantizerSettings"]
 
 # The INT32 bias keeps a factor of two below its limits, so that sums with it cannot wrap.
 _BIAS_LIMIT = 2**30
+# What fitters with their moments and factors may take together; one of 4,608 rows takes 0.6 GB.
+_FITTER_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """How a model is quantized once its widths are known.
+
+    Attributes:
+        weight_method: How weight codes are chosen.
+        activation_range: How activation ranges are chosen.
+        without: Parts of the weight method to leave out.
+        fit_samples: Most calibration samples that ``sequential`` fits on.
+        threads: Threads for onnxruntime, None for all.
+    """
+
+    weight_method: WeightMethod = "sequential"
+    activation_range: RangeMethod = "mse"
+    without: frozenset[FitPart] = frozenset()
+    fit_samples: int = 512
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,31 +89,34 @@ class ModelQuantizer:
     Attributes:
         sources: The nodes by name, in graph order.
         scheme: The chip's signed encoding, which sets the ranges of weight codes.
-        weight_method: How weight codes are chosen.
-        range_method: How activation ranges are chosen.
+        settings: How.
     """
 
     sources: Mapping[str, NodeSource]
     scheme: SignedEncoding
-    weight_method: WeightMethod = "sequential"
-    range_method: RangeMethod = "mse"
+    settings: QuantizerSettings = field(default_factory=QuantizerSettings)
     _sequential: SequentialQuantizer | None = field(default=None, repr=False)
     _fitters: dict[str, WeightFitter] = field(default_factory=dict, repr=False)
     _fits: dict[tuple[str, bytes], FittedWeights] = field(default_factory=dict, repr=False)
     _activations: dict[tuple[str, int], ActivationQuantizer] = field(default_factory=dict, repr=False)
 
-    def fit_sequentially(self, model: ir.Model, dataset: Dataset, *, samples: int, threads: int | None = None) -> None:
+    @property
+    def without(self) -> frozenset[FitPart]:
+        """Parts of the weight method that are left out."""
+        return self.settings.without
+
+    def fit_sequentially(self, model: ir.Model, dataset: Dataset) -> None:
         """From now on `quantize_model` fits each node to the inputs that the nodes before it produce.
 
         Args:
             model: The tidied float model.
             dataset: Calibration inputs.
-            samples: Most samples to fit on.
-            threads: Threads for onnxruntime, None for all.
         """
         from raqu_onnx.sequential import SequentialQuantizer
 
-        self._sequential = SequentialQuantizer(model, self, dataset, samples=samples, threads=threads)
+        self._sequential = SequentialQuantizer(
+            model, self, dataset, samples=self.settings.fit_samples, threads=self.settings.threads
+        )
 
     def quantize_model(self, bits: Mapping[str, NodeBits]) -> dict[str, QuantizedNode]:
         """All nodes at the widths given by name."""
@@ -108,6 +133,13 @@ class ModelQuantizer:
         """Like `quantize`, with weights fitted to the inputs that really arrive; not remembered."""
         widths = bits.channel_bits(self.sources[name].node.layout.channels)
         return self._assemble(name, bits, self._new_fitter(self.sources[name], target).fit(widths))
+
+    def fit_to(self, name: str, bits: NodeBits, target: Target) -> FittedWeights:
+        """Weights alone, rounded once: quick, to compare targets."""
+        widths = bits.channel_bits(self.sources[name].node.layout.channels)
+        plainer: tuple[FitPart, ...] = ("refit", "polish")
+        quick = self.without.union(plainer)
+        return self._new_fitter(self.sources[name], target, quick).fit(widths)
 
     def _assemble(self, name: str, bits: NodeBits, fit: FittedWeights) -> QuantizedNode:
         source = self.sources[name]
@@ -147,25 +179,39 @@ class ModelQuantizer:
             raise ValueError(f"{name}: no calibration data has been seen, its input cannot be quantized")
         key = (self.sources[name].node.input_name, bits)
         if key not in self._activations:
-            self._activations[key] = activation_quantizer(histogram, bits, self.range_method)
+            self._activations[key] = activation_quantizer(histogram, bits, self.settings.activation_range)
         return self._activations[key]
 
     def _fitter(self, name: str) -> WeightFitter:
-        if name not in self._fitters:
-            self._fitters[name] = self._new_fitter(self.sources[name])
-        return self._fitters[name]
+        if self.settings.weight_method in ("nearest", "mse"):
+            # Quickly made anew; kept, those of a whole model hold its weights twice more, in double precision.
+            return self._new_fitter(self.sources[name])
+        # The one used last is at the end.
+        found = self._fitters.pop(name) if name in self._fitters else self._new_fitter(self.sources[name])
+        self._fitters[name] = found
+        kept = list(self._fitters)
+        while len(kept) > 1 and sum(self._fitters[item].nbytes for item in kept) > _FITTER_BYTES:
+            del self._fitters[kept.pop(0)]
+        return found
 
-    def _new_fitter(self, source: NodeSource, target: Target | None = None) -> WeightFitter:
+    def _new_fitter(
+        self, source: NodeSource, target: Target | None = None, without: frozenset[FitPart] | None = None
+    ) -> WeightFitter:
         return WeightFitter(
             source.node,
             source.weight,
             source.moments,
             self.scheme,
-            method="gptq" if self.weight_method == "sequential" else self.weight_method,
-            absorb_mean=source.takes_bias,
+            method="gptq" if self.settings.weight_method == "sequential" else self.settings.weight_method,
+            absorb_mean=self.absorbs_mean(source),
             scale_floor=self._scale_floor(source),
             target=target,
+            without=self.without if without is None else without,
         )
+
+    def absorbs_mean(self, source: NodeSource) -> bool:
+        """Whether the bias of a node takes up its mean error."""
+        return source.takes_bias and "bias" not in self.without
 
     def _scale_floor(self, source: NodeSource) -> NDArray[np.float64] | None:
         """Smallest weight scale at which the INT32 bias stays within its limit, shape (channels,)."""

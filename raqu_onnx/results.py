@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.json_values import finite
+from raqu_onnx.report import VERSION, Report
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from raqu_onnx.evaluation import Score
     from raqu_onnx.pipeline import PassTiming
-    from raqu_onnx.search import SearchResult
+    from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
 
-__all__ = ["Figures", "OptimizeResult"]
+__all__ = ["DataSummary", "Figures", "OptimizeResult", "describe_goal"]
 
-JSON_VERSION = 1
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Data that a run used.
+
+    Attributes:
+        name: File name, without its folder.
+        samples: How many, None for a stream that was not read to its end.
+        labels: Whether it has labels.
+        synthetic: Whether it is generated.
+    """
+
+    name: str
+    samples: int | None
+    labels: bool
+    synthetic: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,9 @@ class OptimizeResult:
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
+        kept: Nodes that kept 8 bits and the pattern that asked for it.
+        data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
+            `calibration`, `selection`, `evaluation`.
     """
 
     output: Path | None
@@ -71,43 +92,78 @@ class OptimizeResult:
     warnings: tuple[str, ...]
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
+    kept: tuple[tuple[str, str], ...] = ()
+    data: Mapping[str, DataSummary | None] = field(default_factory=dict)
+
+    @property
+    def goal_met(self) -> bool | None:
+        """Whether the goal is met on the selection data; None without a goal or a search."""
+        return None if self.search is None else self.search.goal_met
+
+    @property
+    def metric(self) -> str | None:
+        """What the goal's points are counted in: `top-1`, `agreement` or `1 - noise/signal`; None without a search."""
+        return None if self.search is None else self.search.reference.metric
 
     @property
     def exit_code(self) -> int:
-        """0 when the goal is met and every check passed, else 1."""
-        goal_met = self.search is None or self.search.goal_met
+        """1 when a goal is missed or a check failed, else 0."""
         checked = self.validation is None or self.validation.passed
-        return 0 if goal_met and checked else 1
+        return 0 if self.goal_met is not False and checked else 1
 
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON values; `schema_version` changes when a key changes its meaning.
-
-        JSON knows no infinity: the SQNR of a result without noise is null.
-        """
+    @property
+    def report(self) -> Report:
+        """What `report.json` holds."""
+        search = self.search
         content = {
-            "schema_version": JSON_VERSION,
-            "output": None if self.output is None else str(self.output),
-            "goal": None if self.search is None else vars(self.search.goal),
-            "goal_met": None if self.search is None else self.search.goal_met,
+            "schema_version": VERSION,
+            "goal": vars(search.goal) if search is not None and search.goal else None,
+            "goal_met": self.goal_met,
+            "metric": self.metric,
+            "data": {role: None if item is None else vars(item) for role, item in self.data.items()},
             "figures": [_figures_json(item) for item in self.figures],
             "levels": {name: vars(score) for name, score in self.levels.items()},
             "lower_bound": self.lower_bound,
+            "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
-            "front": [] if self.search is None else [_front_json(item) for item in self.search.front],
+            "front": [] if search is None else [_front_json(item) for item in search.front],
+            "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],
             "unmapped": [{"name": n, "op_type": o, "reason": r} for n, o, r in self.unmapped],
             "checks_passed": None if self.validation is None else self.validation.passed,
             "warnings": list(self.warnings),
+        }
+        return Report.model_validate(finite(content))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report with `output`, the folder, and `seconds` by pass, as JSON values.
+
+        JSON knows no infinity: the SQNR of a result without noise is null.
+        """
+        return {
+            **self.report.model_dump(mode="json"),
+            "output": None if self.output is None else str(self.output),
             "seconds": {item.name: round(item.seconds, 3) for item in self.timings},
         }
-        return {key: _finite(value) for key, value in content.items()}
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def describe_goal(goal: Goal, *, fixed: bool = False, metric: str = "") -> str:
+    """A goal in a few words.
+
+    Args:
+        goal: The goal.
+        fixed: Widths are given, so that nothing is sought.
+        metric: What points are counted in, such as `top-1`.
+    """
+    if not goal:
+        return "none: the widths are fixed"
+    reference = f"float's {metric}" if metric else "float"
+    drop = goal.max_accuracy_drop
+    within = "" if drop is None else f"within {drop:g} {'point' if drop == 1 else 'points'} of {reference}"
+    if goal.max_crossbars is not None:
+        crossbars = "1 crossbar" if goal.max_crossbars == 1 else f"{goal.max_crossbars} crossbars"
+        most = f"within {crossbars}" + (f", {within}" if within else "")
+        return most if fixed else f"least loss {most}"
+    return within if fixed else f"fewest crossbars {within}"
 
 
 def _figures_json(item: Figures) -> dict[str, Any]:
@@ -118,7 +174,7 @@ def _figures_json(item: Figures) -> dict[str, Any]:
     }
 
 
-def _front_json(item: Any) -> dict[str, Any]:
+def _front_json(item: Evaluation) -> dict[str, Any]:
     return {
         "crossbars": item.crossbars,
         "loss": item.score.loss,

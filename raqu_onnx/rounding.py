@@ -13,9 +13,11 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Rounder"]
+__all__ = ["DAMPING", "Rounder"]
 
-_DAMPING = 0.01
+#: Share of the mean input power that is added to every row's, so that `H` can be inverted.
+DAMPING = 0.01
+
 _BLOCK = 64
 _SWEEPS = 4
 
@@ -26,19 +28,26 @@ class Rounder:
     Args:
         weight: Real weights, shape (G, K, M).
         second: Second moments of the inputs, shape (G, K, K).
+        damping: Share of the mean input power that is added to every row's. The more, the less an error is spread over
+            the rows that follow.
     """
 
-    def __init__(self, weight: NDArray[np.float64], second: NDArray[np.float64]) -> None:
-        factors = [_inverse_factor(group) for group in second]
+    def __init__(self, weight: NDArray[np.float64], second: NDArray[np.float64], *, damping: float = DAMPING) -> None:
+        factors = [_inverse_factor(group, damping) for group in second]
         # Everything below is in order of falling input power.
         self._order = np.stack([order for order, _, _ in factors])
         self._moments = np.stack([moments for _, moments, _ in factors])
         self._factor = np.stack([factor for _, _, factor in factors])
         self._weight = np.take_along_axis(weight, self._order[:, :, None], axis=1)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._moments.nbytes + self._factor.nbytes + self._weight.nbytes
+
     def round(
         self, scale: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Round rows one after the other, spreading each error over the rows that follow, in blocks of rows.
 
         Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1.
@@ -49,10 +58,12 @@ class Rounder:
             high: Largest code, shape (G, M).
 
         Returns:
-            Codes, shape (G, K, M).
+            Codes, shape (G, K, M), and the error `d^T H d` of every kernel, shape (G, M), with the damping in `H`.
         """
         left = self._weight.copy()
         codes = np.empty_like(left)
+        # With H^-1 = U^T U the scaled errors are U^-T d, so that their squares add up to d^T H d.
+        total = np.zeros(scale.shape)
         rows = left.shape[1]
         for start in range(0, rows, _BLOCK):
             stop = min(start + _BLOCK, rows)
@@ -63,7 +74,8 @@ class Rounder:
                 errors[:, row - start] = error
                 left[:, row + 1 : stop] -= self._factor[:, row, row + 1 : stop, None] * error[:, None, :]
             left[:, stop:] -= self._factor[:, start:stop, stop:].transpose(0, 2, 1) @ errors
-        return self._restored(codes)
+            total += np.square(errors).sum(1)
+        return self._restored(codes), total
 
     def polish(
         self,
@@ -87,24 +99,49 @@ class Rounder:
         """
         current = self._sorted(codes)
         slope = self._moments @ (self._weight - current * scale[:, None, :])
-        curvature = np.diagonal(self._moments, axis1=1, axis2=2)
+        rows = current.shape[1]
         for _ in range(_SWEEPS):
             moved = False
-            for row in range(current.shape[1]):
-                wanted = current[:, row] + slope[:, row] / (curvature[:, row, None] * scale)
-                step = np.clip(np.rint(wanted), low, high) - current[:, row]
-                if step.any():
+            for start in range(0, rows, _BLOCK):
+                block = slice(start, min(start + _BLOCK, rows))
+                steps = self._descend(block, current, slope, scale, low, high)
+                if steps.any():
                     moved = True
-                    current[:, row] += step
-                    slope -= self._moments[:, :, row, None] * (step * scale)[:, None, :]
+                    # Rows of other blocks hear of the steps together: that is a matrix product, and quick.
+                    slope -= self._moments[:, :, block] @ (steps * scale[:, None, :])
             if not moved:
                 break
         return self._restored(current)
 
-    def errors(self, codes: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`d^T H d` of every kernel, shape (G, M), with the damping that keeps `H` regular."""
-        difference = self._weight - self._sorted(codes) * scale[:, None, :]
-        return np.asarray(np.einsum("gkm,gkm->gm", self._moments @ difference, difference))
+    def _descend(
+        self,
+        block: slice,
+        current: NDArray[np.float64],
+        slope: NDArray[np.float64],
+        scale: NDArray[np.float64],
+        low: NDArray[np.float64],
+        high: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Move the codes of a block of rows, in place; returns the steps."""
+        moments = self._moments[:, block, block]
+        local = slope[:, block].copy()
+        steps = np.zeros_like(local)
+        for row in range(local.shape[1]):
+            codes = current[:, block.start + row]
+            wanted = codes + local[:, row] / (moments[:, row, row, None] * scale)
+            step = np.clip(np.rint(wanted), low, high) - codes
+            if step.any():
+                steps[:, row] = step
+                codes += step
+                local -= moments[:, :, row, None] * (step * scale)[:, None, :]
+        return steps
+
+    def projections(self, codes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`q^T H w` and `q^T H q` of every kernel, each of shape (G, M); their ratio is the best scale of the codes."""
+        current = self._sorted(codes)
+        pulled = self._moments @ current
+        along = np.einsum("gkm,gkm->gm", pulled, self._weight)
+        return np.asarray(along), np.asarray(np.einsum("gkm,gkm->gm", pulled, current))
 
     def _sorted(self, codes: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.take_along_axis(codes, self._order[:, :, None], axis=1)
@@ -116,7 +153,7 @@ class Rounder:
 
 
 def _inverse_factor(
-    second: NDArray[np.float64],
+    second: NDArray[np.float64], damping: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Rows by falling power, and in that order the damped moments and the upper Cholesky factor of their inverse.
 
@@ -129,12 +166,12 @@ def _inverse_factor(
     reverse = order[::-1]
     moments = second[np.ix_(reverse, reverse)]
     mean = float(np.trace(moments)) / len(moments)
-    damping = _DAMPING * (mean if mean > 0 else 1.0)
+    added = damping * (mean if mean > 0 else 1.0)
     while True:
-        moments[np.diag_indices_from(moments)] += damping
+        moments[np.diag_indices_from(moments)] += added
         factor, failed = lapack.dpotrf(moments, lower=1)
         if not failed:
             break
-        damping *= 10
+        added *= 10
     inverse, _ = lapack.dtrtri(factor, lower=1)
     return order, moments[::-1, ::-1].copy(), np.ascontiguousarray(np.tril(inverse)[::-1, ::-1])

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from raqu_onnx.evaluation import make_session, run_feeds
-from raqu_onnx.model_io import to_proto
+from raqu_onnx.session_model import SessionModel, session_model
 from raqu_onnx.simulation import names_in_bodies
 
 if TYPE_CHECKING:
@@ -37,11 +37,16 @@ class Step:
         node: The mapped node.
         needs: Known values that its input is computed from; the input itself where it is known already.
         spent: Known values that no later step needs.
+        partner: The value that is added to the node's output and nothing else, where it is known before the node
+            runs, as at the end of a residual block; None where there is no such value.
+        partner_needs: Known values that the partner is computed from.
     """
 
     node: MappedNode
     needs: tuple[str, ...]
     spent: tuple[str, ...]
+    partner: str | None = None
+    partner_needs: tuple[str, ...] = ()
 
 
 class NodeRunner:
@@ -56,29 +61,63 @@ class NodeRunner:
     """
 
     def __init__(self, model: ir.Model, nodes: Sequence[MappedNode], *, threads: int | None = None) -> None:
-        self._proto = to_proto(model)
+        source = session_model(model)
+        self._proto, self._weights = source.proto, source.weights
         self._threads = threads
         self._producers = {name: item for item in self._proto.graph.node for name in item.output}
         self._order = {item.name: index for index, item in enumerate(self._proto.graph.node)}
         self._initializers = {item.name: item for item in self._proto.graph.initializer}
         self._inputs = {item.name: item for item in self._proto.graph.input if item.name not in self._initializers}
+        self._mapped_outputs = {node.output_name for node in nodes}
         self.steps = self._plan(nodes)
 
     def _plan(self, nodes: Sequence[MappedNode]) -> tuple[Step, ...]:
         known = set(self._inputs)
-        needs: list[tuple[str, ...]] = []
+        readers = self._readers()
+        plans: list[tuple[tuple[str, ...], str | None, tuple[str, ...]]] = []
         for node in nodes:
-            needs.append(tuple(sorted(self._cut(node.input_name, known))))
-            known.update((node.input_name, node.output_name))
+            needs = tuple(sorted(self._cut(node.input_name, known)))
+            known.add(node.input_name)
+            partner = self._partner(node, known, readers)
+            behind = () if partner is None else tuple(sorted(self._cut(partner, known)))
+            plans.append((needs, partner, behind))
+            known.add(node.output_name)
         # A graph input that no step needs is dropped after the first.
         last: dict[str, int] = dict.fromkeys(self._inputs, 0)
-        for index, node in enumerate(nodes):
-            last.update(dict.fromkeys((*needs[index], node.input_name), index))
+        for index, (node, (needs, _, behind)) in enumerate(zip(nodes, plans, strict=True)):
+            last.update(dict.fromkeys((*needs, *behind, node.input_name), index))
             last.setdefault(node.output_name, index)
         return tuple(
-            Step(node, needs[i], tuple(sorted(name for name, step in last.items() if step == i)))
-            for i, node in enumerate(nodes)
+            Step(node, needs, tuple(sorted(name for name, step in last.items() if step == i)), partner, behind)
+            for i, (node, (needs, partner, behind)) in enumerate(zip(nodes, plans, strict=True))
         )
+
+    def _readers(self) -> dict[str, list[onnx.NodeProto | None]]:
+        """Who reads each value; None stands for the graph's outputs and the bodies of control-flow nodes."""
+        readers: dict[str, list[onnx.NodeProto | None]] = {}
+        for item in self._proto.graph.node:
+            for name in item.input:
+                readers.setdefault(name, []).append(item)
+            for name in names_in_bodies([item]):
+                readers.setdefault(name, []).append(None)
+        for output in self._proto.graph.output:
+            readers.setdefault(output.name, []).append(None)
+        return readers
+
+    def _partner(
+        self, node: MappedNode, known: set[str], readers: Mapping[str, Sequence[onnx.NodeProto | None]]
+    ) -> str | None:
+        """What is added to a node's output, if that is all that becomes of it and is known without further nodes."""
+        match readers.get(node.output_name, []):
+            case [onnx.NodeProto(op_type="Add", domain="" | "ai.onnx") as add]:
+                first, second = add.input
+            case _:
+                return None
+        partner = second if first == node.output_name else first
+        if partner == node.output_name or partner in self._initializers:
+            return None
+        behind = set(self._walk(partner, known)) - known
+        return None if behind & self._mapped_outputs else partner
 
     def _cut(self, target: str, known: set[str]) -> set[str]:
         """Known values that a value is computed from."""
@@ -111,14 +150,33 @@ class NodeRunner:
             values: What is known, at least what the step needs.
             batches: Number of batches; an input that depends on no known value is the same in each.
         """
-        target = step.node.input_name
-        if step.needs == (target,):
+        return self._compute(step.node.input_name, step.needs, values, batches, step.node.name)
+
+    def partner(self, step: Step, values: Mapping[str, Sequence[NDArray[Any]]], batches: int) -> list[NDArray[Any]]:
+        """The value that a step's output is added to, batch by batch.
+
+        Raises:
+            ValueError: The step has no partner.
+        """
+        if step.partner is None:
+            raise ValueError(f"{step.node.name}: nothing known is added to its output")
+        return self._compute(step.partner, step.partner_needs, values, batches, step.node.name)
+
+    def _compute(
+        self,
+        target: str,
+        needs: tuple[str, ...],
+        values: Mapping[str, Sequence[NDArray[Any]]],
+        batches: int,
+        before: str,
+    ) -> list[NDArray[Any]]:
+        if needs == (target,):
             return list(values[target])
-        session = self._open(self._segment(target, step.needs))
-        where = f"the graph before {step.node.name}"
-        if not step.needs:
+        session = self._open(self._segment(target, needs))
+        where = f"the graph before {before}"
+        if not needs:
             return run_feeds(session, [target], {}, where) * batches
-        feeds = [{name: values[name][batch] for name in step.needs} for batch in range(batches)]
+        feeds = [{name: values[name][batch] for name in needs} for batch in range(batches)]
         return [run_feeds(session, [target], item, where)[0] for item in feeds]
 
     def run(
@@ -132,7 +190,7 @@ class NodeRunner:
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
         # A session holds on to its activations and threads as long as it lives, so none is kept: opening one takes a
         # few milliseconds, hundreds of them take gigabytes and thousands of threads.
-        return make_session(model.SerializeToString(), threads=self._threads)
+        return make_session(SessionModel(model, self._weights), threads=self._threads)
 
     def _segment(self, target: str, needs: tuple[str, ...]) -> onnx.ModelProto:
         names = set(self._walk(target, set(needs))) - set(needs)

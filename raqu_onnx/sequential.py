@@ -1,27 +1,27 @@
 """Quantizing node after node, each on the inputs that the quantized part before it produces.
 
 A node's error is then not added to those before it: it is fitted to give the float output from the inputs that it will
-really see. With float inputs `Xf`, quantized inputs `Xq` (vectors as columns) and weight `W`, all centred:
-
-1. `W' = W (Xf Xq^T + r I) (Xq Xq^T + r I)^-1`, the ridge regression of the float output on the inputs that arrive;
-2. `Q` = GPTQ of `W'` on the centred moments of `Xq`;
-3. the bias takes up `W mean(Xf) - Q mean(Xq)`.
+really see, see `raqu_onnx.targets`. Where its output is only added to a value that is known by then, as at the end of a
+residual block, it is fitted to the float sum: it makes up for what it can of the error on that other path as well.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raqu_onnx.data import take
-from raqu_onnx.patches import input_vectors
+from raqu_onnx.joint_moments import JointMoments
+from raqu_onnx.patches import input_vectors, output_vectors
 from raqu_onnx.segments import NodeRunner, Step
-from raqu_onnx.statistics import FULL_LIMIT, CrossMoments, InputMoments
-from raqu_onnx.weights import Target
+from raqu_onnx.statistics import FULL_LIMIT
+from raqu_onnx.targets import Shrinkage, choose_shrinkage, default_shrinkage, make_target
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantized import QuantizedNode
-    from raqu_onnx.quantizer import ModelQuantizer
+    from raqu_onnx.quantizer import ModelQuantizer, NodeSource
+    from raqu_onnx.weights import FittedWeights, Target
 
 __all__ = ["SequentialQuantizer"]
 
-# Share of the mean input power: enough to keep the regression from chasing directions that few samples carry.
-_RIDGE = 0.05
 # Vectors that a node is fitted on: enough for its second moments to be known, few enough to be quick.
 _VECTORS_PER_ROW = 12
 _FEWEST_VECTORS = 4096
+# One sample in so many is held out.
+_HELD_OUT = 4
 _BATCH = 32
 _FEWEST_SAMPLES = 8
 _MEMORY_BYTES = 2 << 30
@@ -64,45 +65,53 @@ class SequentialQuantizer:
         quantizer: ModelQuantizer,
         dataset: Dataset,
         *,
-        samples: int = 256,
+        samples: int = 512,
         threads: int | None = None,
         memory_bytes: int = _MEMORY_BYTES,
     ) -> None:
         self._quantizer = quantizer
         nodes = [source.node for source in quantizer.sources.values()]
         self._runner = NodeRunner(model, nodes, threads=threads)
-        self._feeds = _feeds(take(dataset, 1))
+        self._feeds, _ = _feeds(take(dataset, 1))
         alive, total = self._bytes_per_unit()
         units = min(-(-samples // dataset.unit), max(_FEWEST_SAMPLES, memory_bytes // (2 * max(1, alive))))
-        self._feeds = _feeds(take(dataset, units * dataset.unit))
-        self._kept = list(self._float_inputs()) if total * units <= memory_bytes // 2 else None
+        self._feeds, count = _feeds(take(dataset, units * dataset.unit))
+        self._shrinkage = default_shrinkage(max(1, count))
+        self._kept = list(self._float_targets()) if total * units <= memory_bytes // 2 else None
 
     @property
     def _batches(self) -> int:
         return len(next(iter(self._feeds.values())))
 
     def _bytes_per_unit(self) -> tuple[int, int]:
-        """Bytes of activations alive at once, and of the inputs of all mapped nodes, for what is fed now."""
+        """Bytes of activations alive at once, and of the outputs wanted of all mapped nodes, for what is fed now."""
         values: Values = dict(self._feeds)
         alive = total = 0
         for step in self._runner.steps:
-            self._float_step(step, values)
+            total += sum(array.nbytes for array in self._float_step(step, values))
             alive = max(alive, sum(array.nbytes for batches in values.values() for array in batches))
-            total += sum(array.nbytes for array in values[step.node.input_name])
             _forget(values, step)
         return alive, total
 
     def _float_step(self, step: Step, values: Values) -> list[NDArray[Any]]:
-        """Run one node in float; its input and output join the values."""
+        """Run one node in float; its input and output join the values. Returns what it is to give."""
         source = self._quantizer.sources[step.node.name]
         x = self._runner.prepare(step, values, self._batches)
         values[step.node.input_name] = x
         bias = _bias_or_zeros(source.bias, step.node) if source.takes_bias else None
-        values[step.node.output_name] = self._runner.run(step, x, source.weight, bias)
-        return x
+        y = self._runner.run(step, x, source.weight, bias)
+        values[step.node.output_name] = y
+        return [a if b is None else a + b for a, b in zip(y, self._partner(step, values, y), strict=True)]
 
-    def _float_inputs(self) -> Iterator[list[NDArray[Any]]]:
-        """Input of every mapped node in the float model, in graph order."""
+    def _partner(self, step: Step, values: Values, outputs: list[NDArray[Any]]) -> Sequence[NDArray[Any] | None]:
+        """What is added to each batch of a node's output, None where nothing is that has its shape."""
+        if step.partner is None or "residuals" in self._quantizer.without:
+            return [None] * len(outputs)
+        partner = self._runner.partner(step, values, self._batches)
+        return [value if value.shape == y.shape else None for value, y in zip(partner, outputs, strict=True)]
+
+    def _float_targets(self) -> Iterator[list[NDArray[Any]]]:
+        """What every mapped node is to give, together with what is added to it, in graph order."""
         values: Values = dict(self._feeds)
         for step in self._runner.steps:
             yield self._float_step(step, values)
@@ -112,8 +121,8 @@ class SequentialQuantizer:
         """Quantize every mapped node at the given widths."""
         values: Values = dict(self._feeds)
         done: dict[str, QuantizedNode] = {}
-        reference = iter(self._kept) if self._kept is not None else self._float_inputs()
-        for step, float_x in zip(self._runner.steps, reference, strict=True):
+        targets = iter(self._kept) if self._kept is not None else self._float_targets()
+        for step, total in zip(self._runner.steps, targets, strict=True):
             name = step.node.name
             x = self._runner.prepare(step, values, self._batches)
             values[step.node.input_name] = x
@@ -121,49 +130,85 @@ class SequentialQuantizer:
             if width is not None:
                 quantizer = self._quantizer.activation(name, width)
                 x = [quantizer.fake_quantize(batch) for batch in x]
-            target = self._target(step.node, float_x, x)
-            if target is None:
-                quantized = self._quantizer.quantize(name, bits[name])
-            else:
-                quantized = self._quantizer.quantize_to(name, bits[name], target)
+            # What is added to the output is quantized too: what is wanted of the node is the rest.
+            partner = self._partner(step, values, total)
+            wanted = [a if b is None else a - b for a, b in zip(total, partner, strict=True)]
+            quantized = self._fit(name, bits[name], x, wanted)
             done[name] = quantized
             bias = _bias_or_zeros(quantized.real_bias(), step.node) if step.node.op_type != "MatMul" else None
             values[step.node.output_name] = self._runner.run(step, x, quantized.weight(), bias)
             _forget(values, step)
         return done
 
-    def _target(self, node: MappedNode, reference: list[NDArray[Any]], arriving: list[NDArray[Any]]) -> Target | None:
-        """What a node is fitted to; None where it has too many rows, or inputs whose squares overflow (above 1e19)."""
+    def _fit(
+        self, name: str, bits: NodeBits, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]]
+    ) -> QuantizedNode:
+        source = self._quantizer.sources[name]
+        sums = self._sums(source, arriving, wanted)
+        if sums is None:
+            return self._quantizer.quantize(name, bits)
+        used, held_out = sums
+        if held_out is None:
+            return self._quantizer.quantize_to(name, bits, self._target(source, used, self._shrinkage))
+
+        def fit(shrinkage: Shrinkage) -> FittedWeights:
+            return self._quantizer.fit_to(name, bits, self._target(source, used, shrinkage))
+
+        channels = source.node.layout.channel_index()
+        centred = self._quantizer.absorbs_mean(source)
+        shrinkage = choose_shrinkage(fit, used, held_out, channels, self._shrinkage, centred=centred)
+        return self._quantizer.quantize_to(name, bits, self._target(source, used.merged(held_out), shrinkage))
+
+    def _target(self, source: NodeSource, moments: JointMoments, shrinkage: Shrinkage) -> Target:
+        weight = source.node.layout.to_matrices(source.weight.astype(np.float64))
+        if "targets" in self._quantizer.without:
+            shrinkage = replace(shrinkage, ridge=math.inf)
+        return make_target(weight, moments, shrinkage, centred=self._quantizer.absorbs_mean(source))
+
+    def _sums(
+        self, source: NodeSource, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]]
+    ) -> tuple[JointMoments, JointMoments | None] | None:
+        """Sums over the vectors to fit on, and where they are few, over those of the last samples, which are held out.
+
+        None where the node has too many rows, no inputs, or values whose squares overflow.
+        """
+        node = source.node
         if node.layout.rows > FULL_LIMIT:
             return None
-        source = self._quantizer.sources[node.name]
-        groups, rows = node.layout.groups, node.layout.rows
-        moments, cross = InputMoments(groups, rows), CrossMoments(groups, rows)
-        wanted = max(_FEWEST_VECTORS, _VECTORS_PER_ROW * rows)
+        enough = max(_FEWEST_VECTORS, _VECTORS_PER_ROW * node.layout.rows)
+        # Weights are fitted to what is wanted of them alone.
+        bias = _bias_or_zeros(source.bias, node).reshape(node.layout.groups, node.layout.kernels)
         samples = sum(len(batch) for batch in arriving)
-        for xf, xq in zip(reference, arriving, strict=True):
-            # In proportion: a last batch of one sample must not weigh as much as a whole one.
-            limit = -(-wanted * len(xq) // samples)
-            vf, vq = input_vectors(node, xf, limit=limit), input_vectors(node, xq, limit=limit)
-            moments.update(vq)
-            cross.update(vf, vq)
-        weight = node.layout.to_matrices(source.weight.astype(np.float64))
-        centred = source.takes_bias
-        sums = cross.covariance(centred=centred), moments.covariance(centred=centred)
-        if not all(np.isfinite(item).all() for item in sums):
+        if not samples:
+            # A selection that the data decides may leave nothing.
             return None
-        fitted = _regress(weight, *sums)
-        return Target(fitted, np.einsum("gkm,gk->gm", weight, cross.reference_mean), moments)
+        # Data that comes in groups, such as crops of one photograph, mostly comes group by group: the end is the best
+        # guess at what other data looks like.
+        few = "shrinkage" not in self._quantizer.without and _vectors(node, wanted) < node.layout.rows
+        first = samples - samples // _HELD_OUT if few else samples
+        used: JointMoments | None = None
+        held_out: JointMoments | None = None
+        seen = 0
+        for x, t in zip(arriving, wanted, strict=True):
+            # In proportion: a last batch of one sample must not weigh as much as a whole one.
+            limit = -(-enough * len(x) // samples)
+            vectors, outputs = input_vectors(node, x, limit=limit), output_vectors(node, t, limit=limit) - bias
+            if used is None or held_out is None:
+                used = JointMoments(vectors, outputs)
+                held_out = used.empty()
+            # Vectors lie in the order of their samples.
+            cut = len(vectors) * min(len(x), max(0, first - seen)) // max(1, len(x))
+            used.update(vectors[:cut], outputs[:cut])
+            held_out.update(vectors[cut:], outputs[cut:])
+            seen += len(x)
+        if used is None or not used.finite or held_out is None or not held_out.finite:
+            return None
+        return used, held_out if used.count and held_out.count else None
 
 
-def _regress(
-    weight: NDArray[np.float64], cross: NDArray[np.float64], second: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Ridge regression of the float output on the quantized inputs, shape (G, K, M)."""
-    ridge = _RIDGE * np.trace(second, axis1=1, axis2=2) / second.shape[1]
-    ridge = np.where(ridge > 0, ridge, 1.0)[:, None, None] * np.eye(second.shape[1])
-    # Rows of `cross` belong to the float inputs: (Xq Xq^T + r I) W' = (Xf Xq^T + r I)^T W, W as (K, M).
-    return np.linalg.solve(second + ridge, (cross + ridge).transpose(0, 2, 1) @ weight)
+def _vectors(node: MappedNode, outputs: list[NDArray[Any]]) -> int:
+    """Vectors that drive a node, over all batches."""
+    return sum(batch.size for batch in outputs) // (node.layout.groups * node.layout.kernels)
 
 
 def _bias_or_zeros(bias: NDArray[np.float32] | None, node: MappedNode) -> NDArray[np.float32]:
@@ -172,9 +217,11 @@ def _bias_or_zeros(bias: NDArray[np.float32] | None, node: MappedNode) -> NDArra
     return np.zeros(node.layout.groups * node.layout.kernels, np.float32)
 
 
-def _feeds(dataset: Dataset) -> Values:
+def _feeds(dataset: Dataset) -> tuple[Values, int]:
+    """All inputs by name, batch by batch, and the number of samples."""
     batches = list(dataset.batches(_BATCH))
-    return {name: [batch.feeds[name] for batch in batches] for name in (batches[0].feeds if batches else {})}
+    names = batches[0].feeds if batches else {}
+    return {name: [batch.feeds[name] for batch in batches] for name in names}, sum(batch.size for batch in batches)
 
 
 def _forget(values: Values, step: Step) -> None:

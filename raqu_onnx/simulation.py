@@ -13,10 +13,10 @@ import onnx
 from onnx import helper
 
 from raqu_onnx.evaluation import gather, make_session, run_feeds
-from raqu_onnx.model_io import to_proto
+from raqu_onnx.session_model import session_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -51,7 +51,8 @@ class Simulator:
     ) -> None:
         self._nodes = list(nodes)
         self._float_activations = float_activations
-        proto = to_proto(model)
+        source = session_model(model)
+        proto = source.proto
         by_name = {node.name: node for node in proto.graph.node}
         order: list[onnx.NodeProto] = []
         chains: dict[str, list[onnx.NodeProto]] = {}
@@ -64,7 +65,7 @@ class Simulator:
         del proto.graph.node[:]
         proto.graph.node.extend(kept)
         self._remove_unused_initializers(proto)
-        self._session = make_session(proto.SerializeToString(), level="simulate", threads=threads)
+        self._session = make_session(source, level="simulate", threads=threads)
         self._names = tuple(output.name for output in self._session.get_outputs())
 
     def _rewire(
@@ -108,13 +109,21 @@ class Simulator:
         Raises:
             DataError: There are no batches, or the model cannot be run on them.
         """
+        return gather(self._names, self.stream(quantized, batches), "data")
+
+    def stream(
+        self, quantized: Mapping[str, QuantizedNode], batches: Iterable[Batch]
+    ) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
+        """The same batch by batch, so that outputs need not be kept.
+
+        Raises:
+            DataError: The model cannot be run on a batch.
+        """
         operands: dict[str, Any] = {}
         for index, node in enumerate(self._nodes):
             operands.update(self._operands(index, quantized[node.name]))
-        results = (
-            (batch, run_feeds(self._session, self._names, {**batch.feeds, **operands}, "data")) for batch in batches
-        )
-        return gather(self._names, results, "data")
+        for batch in batches:
+            yield batch, run_feeds(self._session, self._names, {**batch.feeds, **operands}, "data")
 
     def _operands(self, index: int, quantized: QuantizedNode) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {f"{_PREFIX}_w{index}": quantized.weight()}

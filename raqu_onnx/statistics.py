@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from raqu_onnx.quantized import ActivationQuantizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["FULL_LIMIT", "CrossMoments", "Histogram", "InputMoments", "RangeMethod", "activation_quantizer"]
+__all__ = ["FULL_LIMIT", "Histogram", "InputMoments"]
 
-RangeMethod = Literal["min-max", "percentile", "mse"]
 
 #: Rows up to which all pairs of rows are summed; the sums take `K * K` floats.
 FULL_LIMIT = 4608
 
 _HALF_BINS = 2048
 _CHUNK = 1 << 16
-_PERCENTILE = 99.99
 
 
 class Histogram:
@@ -40,21 +35,32 @@ class Histogram:
         self.low = math.inf
         self.high = -math.inf
 
-    def update(self, x: NDArray[np.floating]) -> None:
-        """Count the values of a tensor of any shape; it must be finite."""
+    def update(self, x: NDArray[np.floating], *, most: int | None = None) -> None:
+        """Count the values of a tensor of any shape.
+
+        Args:
+            x: The values.
+            most: Count only about this many values of each entry of the first axis, evenly spread; the extremes are
+                those of all values. Samples lie along that axis, so the split into batches does not matter.
+
+        Raises:
+            ValueError: A value is infinite or not a number.
+        """
         if not x.size:
             return
-        flat = x.reshape(-1)
-        self.low = min(self.low, float(flat.min()))
-        self.high = max(self.high, float(flat.max()))
+        low, high = float(x.min()), float(x.max())
+        # Both are NaN where any value is.
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("the tensor holds values that are infinite or not a number")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        counted = x.reshape(-1) if most is None else _spread_values(x, most)
         reach = max(-self.low, self.high)
+        zeros = int(counted.size - np.count_nonzero(counted))
+        self.zeros += zeros
         if reach > 0:
             self._cover(reach)
-            self._count(flat)
-        zeros = int(flat.size - np.count_nonzero(flat))
-        self.zeros += zeros
-        # Zero lies on the lower edge of the first bin above the middle.
-        if reach > 0:
+            self._count(counted)
+            # Zero lies on the lower edge of the first bin above the middle.
             self.counts[_HALF_BINS] -= zeros
 
     def _cover(self, reach: float) -> None:
@@ -70,7 +76,7 @@ class Histogram:
         # Doubles hold every quotient of a float by a power of two exactly; chunks of them stay in the cache.
         for start in range(0, flat.size, _CHUNK):
             place = flat[start : start + _CHUNK].astype(np.float64) * (_HALF_BINS / self.limit)
-            bins = np.floor(place).astype(np.int64) + _HALF_BINS
+            bins = np.floor(place, out=place).astype(np.intp) + _HALF_BINS
             self.counts += np.bincount(bins, minlength=2 * _HALF_BINS)
 
     @property
@@ -87,6 +93,18 @@ class Histogram:
         cumulative = np.cumsum(counts)
         index = int(np.searchsorted(cumulative, share * cumulative[-1]))
         return float(np.clip(self.centres[min(index, len(counts) - 1)], self.low, self.high))
+
+
+def _spread_values(x: NDArray[np.floating], most: int) -> NDArray[np.floating]:
+    """About `most` values of each entry of the first axis, flat.
+
+    The step shares no divisor with any dimension: a multiple of the width would meet the same few columns only.
+    """
+    rows = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
+    step = -(-rows.shape[1] // most)
+    while any(math.gcd(step, size) > 1 for size in x.shape[1:]):
+        step += 1
+    return rows[:, ::step].reshape(-1)
 
 
 class InputMoments:
@@ -137,106 +155,3 @@ class InputMoments:
 
     def _square(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(x[:, :, None] * x[:, None, :] if self.full else np.square(x))
-
-
-class CrossMoments:
-    """Sums over pairs of vectors: what a node's inputs were in float, and what arrives.
-
-    Attributes:
-        count: Pairs seen.
-        gram: Sum of `(f - origin_f) (q - origin_q)^T`, shape (G, K, K), around the first batch's means.
-    """
-
-    def __init__(self, groups: int, rows: int) -> None:
-        self.count = 0
-        self.gram = np.zeros((groups, rows, rows))
-        self._origins: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-        self._totals = np.zeros((2, groups, rows))
-
-    def update(self, reference: NDArray[Any], arriving: NDArray[Any]) -> None:
-        """Add pairs of vectors, each of shape (P, G, K)."""
-        f, q = (np.ascontiguousarray(x.transpose(1, 0, 2), np.float32) for x in (reference, arriving))
-        if not f.shape[1]:
-            return
-        if self._origins is None:
-            self._origins = (
-                f.mean(1, dtype=np.float64).astype(np.float32),
-                q.mean(1, dtype=np.float64).astype(np.float32),
-            )
-        f, q = f - self._origins[0][:, None, :], q - self._origins[1][:, None, :]
-        self.count += f.shape[1]
-        self._totals += np.stack([f.sum(1, dtype=np.float64), q.sum(1, dtype=np.float64)])
-        self.gram += f.transpose(0, 2, 1) @ q
-
-    @property
-    def reference_mean(self) -> NDArray[np.float64]:
-        """Mean of the float vectors, shape (G, K)."""
-        return self._means()[0]
-
-    def _means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        drift = self._totals / max(1, self.count)
-        if self._origins is None:
-            return drift[0], drift[1]
-        return self._origins[0] + drift[0], self._origins[1] + drift[1]
-
-    def covariance(self, *, centred: bool = True) -> NDArray[np.float64]:
-        """Mean of `f q^T`, around both means if `centred`, shape (G, K, K)."""
-        drift = self._totals / max(1, self.count)
-        moments: NDArray[np.float64] = self.gram / max(1, self.count) - drift[0][:, :, None] * drift[1][:, None, :]
-        if centred:
-            return moments
-        means = self._means()
-        return moments + means[0][:, :, None] * means[1][:, None, :]
-
-
-@dataclass(frozen=True)
-class _Range:
-    low: float
-    high: float
-
-    def quantizer(self, bits: int) -> ActivationQuantizer:
-        """Quantizer whose codes span the range, zero exactly representable."""
-        low, high = min(0.0, self.low), max(0.0, self.high)
-        levels = (1 << bits) - 1
-        span = high - low
-        if not span > 0:
-            # The bias is stored in steps of this scale: 1.0 would round a small one to nothing.
-            return ActivationQuantizer(bits, float(np.float32(1.0 / levels)), 0)
-        scale = float(np.float32(max(span / levels, 1e-30)))
-        # Rounding moves both ends by at most half a step, which rounding of the values there may cost as well.
-        return ActivationQuantizer(bits, scale, min(levels, round(-low / scale)))
-
-
-def activation_quantizer(histogram: Histogram, bits: int, method: RangeMethod = "mse") -> ActivationQuantizer:
-    """Choose scale and zero point of a tensor for one width.
-
-    ``min-max`` spans all values seen, ``percentile`` the middle 99.99 %, ``mse`` the range with the least mean
-    squared error over the histogram.
-
-    Args:
-        histogram: Values seen.
-        bits: Width, 2 to 8.
-        method: How the range is chosen.
-    """
-    full = _Range(histogram.low, histogram.high) if math.isfinite(histogram.low) else _Range(0.0, 0.0)
-    if method == "min-max" or histogram.limit == 0.0:
-        return full.quantizer(bits)
-    if method == "percentile":
-        tail = (100 - _PERCENTILE) / 100
-        return _Range(histogram.quantile(tail) if full.low < 0 else 0.0, histogram.quantile(1 - tail)).quantizer(bits)
-    return _least_squares(histogram, full, bits)
-
-
-def _least_squares(histogram: Histogram, full: _Range, bits: int) -> ActivationQuantizer:
-    used = np.flatnonzero(histogram.counts > 0)
-    values, weights = histogram.centres[used].clip(full.low, full.high), histogram.counts[used]
-    trials = [_Range(full.low * share, full.high * share).quantizer(bits) for share in np.linspace(1.0, 0.1, 91)]
-    errors = [_squared_error(trial, values, weights) for trial in trials]
-    best = int(np.argmin(errors))
-    # A bin's middle stands for all its values: a gain of less than 2 % may be an artefact of that.
-    return trials[best if errors[best] < 0.98 * errors[0] else 0]
-
-
-def _squared_error(quantizer: ActivationQuantizer, values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    codes = np.clip(np.rint(values / quantizer.scale) + quantizer.zero_point, 0, quantizer.levels)
-    return float(weights @ np.square((codes - quantizer.zero_point) * quantizer.scale - values))

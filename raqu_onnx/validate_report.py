@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.json_values import finite
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -39,11 +41,13 @@ class ValidationReport:
         checks: In the order they ran; a rule that is broken in several places appears once for each.
         scores: By onnxruntime optimization level, where data was given.
         synthetic: The model ran on generated inputs only.
+        warnings: What a user must know of a folder with which nothing is wrong.
     """
 
     checks: tuple[Check, ...]
     scores: Mapping[str, Score] = field(default_factory=dict)
     synthetic: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -56,15 +60,18 @@ class ValidationReport:
         return tuple(check for check in self.checks if check.passed is False)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """The report as plain JSON values; null stands for what JSON does not know, such as an infinite SQNR."""
         from dataclasses import asdict
 
-        return {
+        content = {
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
             "scores": {level: asdict(score) for level, score in self.scores.items()},
             "synthetic": self.synthetic,
+            "warnings": list(self.warnings),
         }
+        found: dict[str, Any] = finite(content)
+        return found
 
 
 class Checklist:

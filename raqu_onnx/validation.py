@@ -6,31 +6,31 @@ from disk, and each rule is checked by its own arithmetic. Then the model runs a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raqu_onnx.data import open_dataset, synthetic_dataset
+from raqu_onnx.cpu import may_saturate, saturation_warning
+from raqu_onnx.data import InputSpec, open_dataset, synthetic_dataset
 from raqu_onnx.errors import DataError, ManifestError, ModelError
-from raqu_onnx.evaluation import collect, default_threads, make_session, score
+from raqu_onnx.evaluation import default_threads, make_session
+from raqu_onnx.manifest_view import layout_of
 from raqu_onnx.model_io import load_model, model_digest, model_inputs
+from raqu_onnx.validate_model import EmittedModel
 from raqu_onnx.validate_phases import CELLS_FILE, MANIFEST_FILE, MODEL_FILE, FolderChecks
 from raqu_onnx.validate_report import Check, Checklist, ValidationReport
+from raqu_onnx.validate_runs import LevelRuns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import onnx_ir as ir
 
     from raqu_onnx.data import Dataset, DataSource
-    from raqu_onnx.evaluation import Level, Outputs, Score
     from raqu_onnx.manifest import Manifest
+    from raqu_onnx.scoring import Score, Task
 
 __all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "validate"]
 
-_LEVELS: tuple[Level, ...] = ("disable-all", "enable-all")
 # Generated samples that the model runs on where no data is given.
 _SAMPLES = 4
 
@@ -72,15 +72,55 @@ def validate(
     manifest = FolderChecks(folder, checklist, seed).run(model)
     if reference is not None and manifest is not None:
         _check_reference(manifest, Path(reference), checklist)
-    runs = _Runs(folder / MODEL_FILE, checklist, threads or default_threads(), _smallest_activation(model))
-    outputs = runs.run(data or _generated(model, seed, checklist))
+    sound = all(check.passed is not False for check in checklist.checks)
+    # Codes are read from the model where nothing is wrong with it.
+    saturating = _saturating(EmittedModel(model, manifest)) if sound and manifest is not None else []
+    feeds = data or _generated(model, seed, checklist)
     scores: dict[str, Score] = {}
-    if data is not None:
-        baseline = None
-        if reference is not None:
-            baseline = collect(make_session(reference, threads=threads), data)
-        scores = {level: score(found, baseline) for level, found in outputs.items()}
-    return ValidationReport(tuple(checklist.checks), scores, synthetic=data is None or data.synthetic)
+    if feeds is not None:
+        runs = LevelRuns(
+            folder / MODEL_FILE,
+            checklist,
+            threads or default_threads(),
+            _smallest_activation(model),
+            saturating,
+            _task(manifest),
+        )
+        held_against = None
+        if data is not None and reference is not None:
+            _require_alike(Path(reference), model)
+            held_against = make_session(reference, threads=threads)
+        scores = runs.run(feeds, held_against)
+    return ValidationReport(
+        tuple(checklist.checks),
+        scores if data is not None else {},
+        synthetic=data is None or data.synthetic,
+        warnings=tuple(saturation_warning(saturating)),
+    )
+
+
+def _require_alike(reference: Path, model: ir.Model) -> None:
+    """Make sure that the float model takes and gives what the emitted model does.
+
+    Raises:
+        ModelError: It does not, so it is another model.
+    """
+    given = load_model(reference, check_weights=False)
+    for what, theirs, ours in (
+        ("takes", model_inputs(given), model_inputs(model)),
+        ("gives", [output.name for output in given.graph.outputs], [output.name for output in model.graph.outputs]),
+    ):
+        # What free dimensions are called does not matter.
+        if [_without_free_dimensions(item) for item in theirs] != [_without_free_dimensions(item) for item in ours]:
+            their_text, our_text = (", ".join(map(str, items)) for items in (theirs, ours))
+            raise ModelError(
+                f"{reference}: it {what} {their_text}, the model in the folder {our_text}; give the float model that "
+                "was optimized as --reference"
+            )
+
+
+def _without_free_dimensions(item: InputSpec | str | None) -> object:
+    return (item.name, item.dtype, item.fixed_shape) if isinstance(item, InputSpec) else item
 
 
 def _check_reference(manifest: Manifest, reference: Path, checklist: Checklist) -> None:
@@ -101,6 +141,27 @@ def _generated(model: ir.Model, seed: int, checklist: Checklist) -> Dataset | No
         return None
 
 
+def _saturating(emitted: EmittedModel) -> list[str]:
+    """Nodes whose sums may saturate on some CPUs."""
+    names = []
+    for entry, _ in emitted.pairs():
+        levels = None if entry.activation is None else (1 << entry.activation.bits) - 1
+        if may_saturate(emitted.codes(entry), layout_of(entry.matrix), levels):
+            names.append(entry.name)
+    return names
+
+
+def _task(manifest: Manifest | None) -> Task:
+    """What the run that wrote the folder took the outputs for."""
+    match None if manifest is None else manifest.configuration.get("task"):
+        case "classification":
+            return "classification"
+        case "regression":
+            return "regression"
+        case _:
+            return "auto"
+
+
 def _smallest_activation(model: ir.Model) -> int:
     """Fewest bits that the model clips an activation to."""
     from raqu_onnx.graph_edit import constant_array
@@ -111,79 +172,3 @@ def _smallest_activation(model: ir.Model) -> int:
         if bound is not None and bound.dtype == np.uint8:
             fewest = min(fewest, int(bound).bit_length())
     return fewest
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Runs of the emitted model at both optimization levels."""
-
-    path: Path
-    checklist: Checklist
-    threads: int
-    activation_bits: int
-
-    def run(self, data: Dataset | None) -> dict[str, Outputs]:
-        """Outputs by level."""
-        outputs: dict[str, Outputs] = {}
-        if data is None:
-            return outputs
-        for level in _LEVELS:
-            try:
-                found = collect(make_session(self.path, level=level, threads=self.threads), data)
-            except ModelError as error:
-                self.checklist.run(f"run.{level}", [str(error)])
-                continue
-            except DataError as error:
-                if not data.synthetic:
-                    raise
-                self.checklist.skip(f"run.{level}", f"not run: {error}; give data")
-                continue
-            detail = f"{found.samples} samples of {data.name}, {self.threads} threads"
-            self.checklist.run(f"run.{level}", _not_finite(found), detail)
-            outputs[level] = found
-        if len(outputs) == len(_LEVELS):
-            self._compare(*(outputs[level] for level in _LEVELS))
-        return outputs
-
-    def _compare(self, slow: Outputs, fast: Outputs) -> None:
-        """Both levels agree.
-
-        Fused kernels round a small share of requantized values (measured: up to 0.2 %) to the neighbouring step, so
-        outputs are not equal to the last bit, and one step of a narrow activation is large. Saturated sums or a lost
-        bias show as errors of the size of the outputs themselves. The share of noise that is let pass is 2 % of the
-        outputs' size for 8-bit activations, twice that for each bit less, and never more than half.
-        """
-        allowed = min(0.5, 0.02 * 2 ** (8 - self.activation_bits))
-        findings, details = [], []
-        for name, one, other in zip(slow.names, slow.outputs, fast.outputs, strict=True):
-            if one.shape != other.shape:
-                findings.append(f"output {name}: shapes {one.shape} and {other.shape}")
-                continue
-            if not np.issubdtype(one.dtype, np.floating) or not one.size:
-                continue
-            masked = np.isneginf(one)
-            if not np.array_equal(masked, np.isneginf(other)):
-                findings.append(f"output {name}: the two levels mask different values with -inf")
-                continue
-            a, b = one[~masked].astype(np.float64), other[~masked].astype(np.float64)
-            if not (a.size and np.isfinite(a).all() and np.isfinite(b).all()):
-                continue  # a finding of its own
-            size, noise = float(np.sqrt(np.mean(a**2))), float(np.sqrt(np.mean((a - b) ** 2)))
-            span = float(a.max() - a.min()) or 1.0
-            steps = float(np.abs(a - b).max()) / (span / 255)
-            text = f"output {name}: differ by up to {steps:.3g} of 255 steps of the output range"
-            details.append(text)
-            if noise > allowed * size:
-                share = noise / size if size else np.inf
-                findings.append(f"{text}, by {share:.3f} of its size; allowed is {allowed:.2f}")
-        self.checklist.run("run.levels-agree", findings, "; ".join(details))
-
-
-def _not_finite(outputs: Outputs) -> Iterator[str]:
-    for name, array in zip(outputs.names, outputs.outputs, strict=True):
-        if not np.issubdtype(array.dtype, np.floating):
-            continue
-        # Minus infinity is what masks put into scores; nothing else is meant to be infinite.
-        broken = int((~np.isfinite(array) & ~np.isneginf(array)).sum())
-        if broken:
-            yield f"output {name}: {broken} values are not finite"

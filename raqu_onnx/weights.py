@@ -6,23 +6,35 @@ Methods, from plain to strong:
 * ``mse``: the scale of each kernel clips where that lowers the error, weighted by the power of each input.
 * ``gptq``: rounds row after row and lets the rows that follow make up for the error, on the second moments of the
   inputs (Frantar et al., "GPTQ", ICLR 2023, algorithm 1), with rows in order of falling input power. Scales are those
-  of ``mse``, at 4 bits and less the multiples of them that leave the least error; then single codes are moved as long
-  as that lowers the error.
+  of ``mse``, of kernels with 4 bits and less or few rows the multiples of them that leave the least error; then single
+  codes are moved as long as that lowers the error.
 * ``sequential``: GPTQ node after node in graph order, each fitted to give the float output from the inputs that the
   quantized nodes before it produce; see `raqu_onnx.sequential`.
 
 With a bias and data, all work on centred moments: the mean error of each kernel is taken up by the bias.
+
+The last two are made of parts (`FitPart`), each of which can be left out to see what it gives:
+
+* ``bias``: moments are centred and the bias takes up the mean error;
+* ``scales``: scales are refined by the error that rounding leaves;
+* ``polish``: codes are moved one by one after rounding;
+* ``refit``: such scales are fitted to the codes by least squares after ``polish``, and codes to them once more;
+* ``targets``: nodes are fitted to the float output, not to the float weight (``sequential``);
+* ``residuals``: the target of a node whose output is added to another value includes that value's error (likewise);
+* ``shrinkage``: where a node has fewer vectors than rows, those held out decide how far its moments are trusted
+  (likewise).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from raqu_onnx.clipping import clipped_scales
 from raqu_onnx.encodings import code_range
-from raqu_onnx.rounding import Rounder
+from raqu_onnx.rounding import DAMPING, Rounder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,14 +43,17 @@ if TYPE_CHECKING:
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.statistics import InputMoments
 
-__all__ = ["FittedWeights", "Target", "WeightFitter", "WeightMethod"]
+__all__ = ["FIT_PARTS", "FitPart", "FittedWeights", "Target", "WeightFitter", "WeightMethod"]
 
 WeightMethod = Literal["nearest", "mse", "gptq", "sequential"]
+FitPart = Literal["bias", "scales", "polish", "refit", "targets", "residuals", "shrinkage"]
+FIT_PARTS: tuple[FitPart, ...] = get_args(FitPart)
 
-_CLIP_STEPS = np.linspace(1.0, 0.2, 41)
 _SCALE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
-# Largest code up to which scales are refined: that of 4 bits. With more codes nothing is left to gain.
+# Largest code up to which scales are refined: that of 4 bits. With more codes nothing is left to gain, unless rows are
+# few, and then it is quick.
 _FINE_CODES = 7
+_FEW_ROWS = 32
 _TINY = 1e-12
 
 
@@ -65,13 +80,17 @@ class Target:
 
     Attributes:
         weight: Weight that gives the float output best from the inputs that arrive, shape (G, K, M).
-        output_mean: Mean output of the float node without its bias, shape (G, M).
-        moments: Second moments of the inputs that arrive.
+        output_mean: Mean of the output wanted, without the node's bias, shape (G, M).
+        input_mean: Mean of the inputs that arrive, shape (G, K).
+        second: Their second moments, shape (G, K, K), around the mean if the bias takes up the mean error.
+        damping: Share of the mean input power that is added to every row's, see `Rounder`.
     """
 
     weight: NDArray[np.float64]
     output_mean: NDArray[np.float64]
-    moments: InputMoments
+    input_mean: NDArray[np.float64]
+    second: NDArray[np.float64]
+    damping: float = DAMPING
 
 
 class WeightFitter:
@@ -87,6 +106,7 @@ class WeightFitter:
         scale_floor: Smallest scale allowed per entry of the scale axis, shape (channels,), so that the INT32 bias
             does not overflow.
         target: Replaces weight and moments by those of the inputs that really arrive.
+        without: Parts of the method to leave out.
     """
 
     def __init__(
@@ -100,16 +120,28 @@ class WeightFitter:
         absorb_mean: bool = True,
         scale_floor: NDArray[np.float64] | None = None,
         target: Target | None = None,
+        without: frozenset[FitPart] = frozenset(),
     ) -> None:
-        self._node = node
         self._scheme = scheme
-        moments = moments if target is None else target.moments
+        self._without = without
         self._weight = node.layout.to_matrices(np.asarray(weight, np.float64)) if target is None else target.weight
         self._channels = node.layout.channel_index()
         self._floor = np.full(node.layout.channels, _TINY) if scale_floor is None else np.maximum(scale_floor, _TINY)
-        self._mean = moments.mean if moments is not None and absorb_mean else None
-        self._output_mean = self._mean_output(target)
-        self._second = None if moments is None else _finite(moments.covariance(centred=absorb_mean))
+        self._damping = DAMPING
+        self._mean: NDArray[np.float64] | None = None
+        self._output_mean: NDArray[np.float64] | None = None
+        self._second: NDArray[np.float64] | None = None
+        if target is not None:
+            self._second, self._damping = target.second, target.damping
+            self._mean, self._output_mean = target.input_mean, target.output_mean
+        elif moments is not None:
+            self._second = _finite(moments.covariance(centred=absorb_mean))
+            self._mean = moments.mean
+            self._output_mean = np.einsum("gkm,gk->gm", self._weight, self._mean)
+            # With fewer vectors than rows some directions were never seen: errors must not be moved there.
+            self._damping *= max(1.0, node.layout.rows / max(1, moments.count))
+        if not absorb_mean:
+            self._mean = self._output_mean = None
         self._method = method if self._second is not None or method == "nearest" else "mse"
         self._rounder: Rounder | None = None
 
@@ -123,16 +155,21 @@ class WeightFitter:
         low, high = self._limits(widths)
         scales, codes = self._codes(low, high)
         per_kernel = scales.astype(np.float64)[self._channels]
+        # Large arrays are few and used again, since one node's double-precision weights may be the peak of a run.
         rounded = codes * per_kernel[:, None, :]
+        stored = codes.astype(np.int8)
+        del codes
         shift = np.zeros(per_kernel.shape)
         if self._mean is not None and self._output_mean is not None:
             shift = self._output_mean - np.einsum("gkm,gk->gm", rounded, self._mean)
-        return FittedWeights(codes.astype(np.int8), scales, shift, self._error(self._weight - rounded))
+        difference = np.subtract(self._weight, rounded, out=rounded)
+        return FittedWeights(stored, scales, shift, self._error(difference))
 
-    def _mean_output(self, target: Target | None) -> NDArray[np.float64] | None:
-        if self._mean is None:
-            return None
-        return np.einsum("gkm,gk->gm", self._weight, self._mean) if target is None else target.output_mean
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept for further widths."""
+        second = 0 if self._second is None else self._second.nbytes
+        return self._weight.nbytes + second + (0 if self._rounder is None else self._rounder.nbytes)
 
     def _limits(self, widths: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         table = np.array([code_range(self._scheme, int(b)) for b in range(9)], np.float64)
@@ -147,37 +184,17 @@ class WeightFitter:
 
     def _scales(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float32]:
         """Scale per entry of the scale axis; kernels that share an entry are fitted together."""
-        # (channels, rows of all kernels that share the entry)
-        order = np.argsort(self._channels.reshape(-1), kind="stable")
-        rows = self._weight.transpose(0, 2, 1).reshape(-1, self._weight.shape[1])[order]
-        rows = rows.reshape(len(low), -1)
-        power = np.repeat(self._power(), self._weight.shape[2], axis=0)[order].reshape(len(low), -1)
-        full = np.maximum(rows.max(1) / np.maximum(high, 1), rows.min(1) / np.minimum(low, -1))
+        # (channels, kernels that share the entry)
+        kernels = np.argsort(self._channels.reshape(-1), kind="stable").reshape(len(low), -1)
+        top, bottom = (extreme.reshape(-1)[kernels] for extreme in (self._weight.max(1), self._weight.min(1)))
+        full = np.maximum(top.max(1) / np.maximum(high, 1), bottom.min(1) / np.minimum(low, -1))
         full = np.maximum(full, 0)
         positive = full > 0
         ordinary = float(np.median(full[positive])) if positive.any() else 2.0**-10
         scale = np.where(positive & (high > 0), full, ordinary)
         if self._method != "nearest":
-            scale = self._clipped(rows, power, scale, low, high)
+            scale = clipped_scales(self._weight, self._power(), kernels, scale, self._floor, low, high)
         return np.maximum(scale, self._floor).astype(np.float32)
-
-    def _clipped(
-        self,
-        rows: NDArray[np.float64],
-        power: NDArray[np.float64],
-        full: NDArray[np.float64],
-        low: NDArray[np.float64],
-        high: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        best, best_error = full.copy(), np.full(full.shape, np.inf)
-        for share in _CLIP_STEPS:
-            scale = np.maximum(full * share, self._floor)[:, None]
-            error = (power * np.square(np.clip(np.rint(rows / scale), low[:, None], high[:, None]) * scale - rows)).sum(
-                1
-            )
-            better = error < best_error
-            best[better], best_error[better] = scale[better, 0], error[better]
-        return best
 
     def _codes(
         self, low: NDArray[np.float64], high: NDArray[np.float64]
@@ -186,37 +203,62 @@ class WeightFitter:
         scales = self._scales(low, high)
         limits = low[self._channels], high[self._channels]
         if self._method != "gptq" or self._second is None or self._second.ndim == 2:
-            per_kernel = scales.astype(np.float64)[self._channels][:, None, :]
-            return scales, np.clip(np.rint(self._weight / per_kernel), limits[0][:, None, :], limits[1][:, None, :])
+            codes = self._weight / scales.astype(np.float64)[self._channels][:, None, :]
+            np.rint(codes, out=codes)
+            return scales, np.clip(codes, limits[0][:, None, :], limits[1][:, None, :], out=codes)
         if self._rounder is None:
-            self._rounder = Rounder(self._weight, self._second)
-        if high.max() <= _FINE_CODES:
-            scales = self._refined(scales, limits)
-        per_kernel = scales.astype(np.float64)[self._channels]
-        return scales, self._rounder.polish(self._rounder.round(per_kernel, *limits), per_kernel, *limits)
+            self._rounder = Rounder(self._weight, self._second, damping=self._damping)
+        fine = high <= _FINE_CODES if self._weight.shape[1] > _FEW_ROWS else np.full(high.shape, True)
+        if fine.any() and "scales" not in self._without:
+            scales = self._refined(self._rounder, scales, limits, fine)
+        codes, _ = self._rounder.round(self._per_kernel(scales), *limits)
+        if "polish" not in self._without:
+            codes = self._rounder.polish(codes, self._per_kernel(scales), *limits)
+            if fine.any() and "refit" not in self._without:
+                scales = np.where(fine, self._refitted(self._rounder, codes, scales), scales)
+                codes = self._rounder.polish(codes, self._per_kernel(scales), *limits)
+        return scales, codes
+
+    def _per_kernel(self, scales: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Scale of every kernel, shape (G, M)."""
+        return scales.astype(np.float64)[self._channels]
+
+    def _per_channel(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sums of values per kernel, (G, M), over the kernels that share an entry of the scale axis, (channels,)."""
+        total = np.zeros(self._floor.shape)
+        np.add.at(total, self._channels, values)
+        return total
 
     def _refined(
-        self, scales: NDArray[np.float32], limits: tuple[NDArray[np.float64], NDArray[np.float64]]
+        self,
+        rounder: Rounder,
+        scales: NDArray[np.float32],
+        limits: tuple[NDArray[np.float64], NDArray[np.float64]],
+        which: NDArray[np.bool],
     ) -> NDArray[np.float32]:
         """The multiples of the scales with the least error after rounding; with few codes the guess is often off."""
-        if self._rounder is None:
-            return scales
         best, best_error = scales, np.full(scales.shape, np.inf)
         for share in _SCALE_SHARES:
-            trial = np.maximum(scales * share, self._floor).astype(np.float32)
-            per_kernel = trial.astype(np.float64)[self._channels]
-            errors = self._rounder.errors(self._rounder.round(per_kernel, *limits), per_kernel)
-            total = np.zeros(scales.shape)
-            np.add.at(total, self._channels, errors)
-            best = np.where(total < best_error, trial, best)
-            best_error = np.minimum(total, best_error)
+            trial = np.where(which, np.maximum(scales * share, self._floor), scales).astype(np.float32)
+            error = self._per_channel(rounder.round(self._per_kernel(trial), *limits)[1])
+            best = np.where(error < best_error, trial, best)
+            best_error = np.minimum(error, best_error)
         return best
+
+    def _refitted(
+        self, rounder: Rounder, codes: NDArray[np.float64], scales: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The scales with the least error for given codes: `q^T H w / q^T H q`."""
+        along, power = (self._per_channel(values) for values in rounder.projections(codes))
+        usable = (along > 0) & (power > 0)
+        fitted = np.where(usable, along / np.where(usable, power, 1), scales)
+        return np.maximum(fitted, self._floor).astype(np.float32)
 
     def _error(self, difference: NDArray[np.float64]) -> NDArray[np.float64]:
         if self._second is None:
             return np.full((difference.shape[0], difference.shape[2]), np.nan)
         if self._second.ndim == 2:
-            return np.asarray(np.einsum("gk,gkm->gm", self._second, np.square(difference)))
+            return np.asarray(np.einsum("gk,gkm,gkm->gm", self._second, difference, difference))
         return np.asarray(np.einsum("gkm,gkm->gm", self._second @ difference, difference))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,3 +162,28 @@ def snapshot() -> Callable[[Path], dict[str, Any]]:
         }
 
     return take
+
+
+STAGE = re.compile(r" *\d+\.\d s  ")
+
+
+@pytest.fixture
+def refused(cli: Callable[..., Ran], snapshot: Callable[[Path], dict[str, Any]]) -> Callable[..., str]:
+    """Runs a command that must be refused, and checks everything that a refusal promises; gives its one line."""
+
+    def run(folder: Path, arguments: tuple[object, ...], *said: str) -> str:
+        before = snapshot(folder)
+        ran = cli(*arguments)
+        assert ran.code == 2, ran
+        assert ran.out == ""
+        assert "Traceback" not in ran.err
+        # The stages that the run went through may stand before it.
+        lines = [line for line in ran.err.splitlines() if not STAGE.match(line)]
+        assert len(lines) == 1, ran.err
+        assert lines[0].startswith("error: ")
+        for part in said:
+            assert part in lines[0]
+        assert snapshot(folder) == before
+        return str(lines[0])
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries t
 from threadpoolctl import threadpool_limits
 
 from raqu_onnx.annotations import HISTOGRAM, MAPPED, MOMENTS, QUANTIZER, NodeBits, mapped_nodes
-from raqu_onnx.data import Dataset, open_dataset, take
+from raqu_onnx.data import Batch, Dataset, open_dataset, take
+from raqu_onnx.data_base import IndexedDataset
 from raqu_onnx.errors import DataError
 from raqu_onnx.evaluation import collect, make_session, score
 from raqu_onnx.graph_edit import infer_shapes, name_nodes
 from raqu_onnx.model_io import load_model, model_inputs, to_proto
+from raqu_onnx.passes import calibrate
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
 from raqu_onnx.passes.insert_qdq import InsertQDQPass
@@ -166,23 +169,97 @@ def test_moments_are_left_out_on_request() -> None:
     assert all(HISTOGRAM.get(node) is not None for node in nodes)
 
 
-def test_large_inputs_are_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raqu_onnx.passes.calibrate._VALUES_PER_BATCH", 27 * 50)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_moments_take_the_same_vectors_whatever_the_batches(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    monkeypatch.setattr("raqu_onnx.passes.calibrate._FEWEST_VECTORS", 80)
+    monkeypatch.setattr("raqu_onnx.passes.calibrate._VECTORS_PER_ROW", 0)
     x = normal(8, 3, 6, 6)
-    conv, gemm = mapped_nodes(calibrated(two_layers(), {"x": x}, batch_size=4))
-    assert MOMENTS.require(conv).count == 2 * 50
+    conv, gemm = mapped_nodes(calibrated(two_layers(), {"x": x}, batch_size=batch_size))
+    assert MOMENTS.require(conv).count == 80
     assert MOMENTS.require(gemm).count == 8
     mean = input_vectors(MAPPED.require(conv), x).mean(0)
     np.testing.assert_allclose(MOMENTS.require(conv).mean, mean, atol=0.5)
 
 
-def test_memory_does_not_grow_with_samples() -> None:
-    def held(samples: int) -> int:
-        nodes = mapped_nodes(calibrated(two_layers(), {"x": normal(samples, 3, 6, 6)}, batch_size=8))
-        kept = [holder for node in nodes for holder in (HISTOGRAM.require(node), MOMENTS.require(node))]
-        return sum(v.nbytes for item in kept for v in vars(item).values() if isinstance(v, np.ndarray))
+def test_no_run_takes_more_vectors_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raqu_onnx.passes.calibrate._VALUES_PER_RUN", 27 * 50)
+    conv, _ = mapped_nodes(calibrated(two_layers(), {"x": normal(8, 3, 6, 6)}, batch_size=4))
+    # One sample to weigh, then three and four.
+    assert MOMENTS.require(conv).count == 36 + 50 + 50
 
-    assert held(8) == held(200) > 0
+
+def test_squares_alone_are_the_diagonal_of_all_pairs() -> None:
+    feeds = {"x": normal(8, 3, 6, 6)}
+    full = mapped_nodes(calibrated(two_layers(), feeds))
+    squares = mapped_nodes(calibrated(two_layers(), feeds, pairs=False))
+    for one, other in zip(full, squares, strict=True):
+        pairs, alone = MOMENTS.require(one), MOMENTS.require(other)
+        assert (pairs.full, alone.full) == (True, False)
+        np.testing.assert_allclose(alone.mean, pairs.mean, rtol=1e-6)
+        diagonal = np.diagonal(pairs.covariance(), axis1=1, axis2=2)
+        np.testing.assert_allclose(alone.covariance(), diagonal, rtol=1e-4)
+
+
+def runs_of(monkeypatch: pytest.MonkeyPatch, x: np.ndarray, text: str = TWO, **options: int) -> list[tuple[int, int]]:
+    """Samples and fetched bytes of every run of the model."""
+    seen: list[tuple[int, int]] = []
+    run_feeds = calibrate.run_feeds
+
+    def record(session: object, names: list[str], feeds: dict[str, np.ndarray], where: str) -> list[np.ndarray]:
+        values = run_feeds(session, names, feeds, where)  # type: ignore[arg-type]
+        seen.append((len(feeds["x"]), sum(array.nbytes for array in (*feeds.values(), *values))))
+        return values
+
+    monkeypatch.setattr(calibrate, "run_feeds", record)
+    model = mapped_model(text, u=normal(4, 3, 3, 3), b=normal(4), w=normal(4, 5), c=normal(5))
+    calibrated(model, {"x": x}, **options)
+    return seen
+
+
+def test_a_run_takes_as_many_samples_as_memory_allows_and_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(40, 3, 6, 6)
+    free = runs_of(monkeypatch, x, batch_size=16)
+    assert [samples for samples, _ in free] == [1, 15, 16, 8]
+    monkeypatch.setattr(calibrate, "_FETCHED_BYTES", 5 * free[0][1])
+    tight = runs_of(monkeypatch, x, batch_size=16)
+    assert sum(samples for samples, _ in tight) == 40
+    assert max(fetched for _, fetched in tight) <= 5 * free[0][1]
+    assert max(samples for samples, _ in tight) == 5
+    monkeypatch.setattr(calibrate, "_READ_BYTES", 2 * x[0].nbytes)
+    assert max(samples for samples, _ in runs_of(monkeypatch, x, batch_size=16)) == 2
+
+
+def test_units_of_a_fixed_batch_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_FETCHED_BYTES", 1)
+    runs = runs_of(monkeypatch, normal(12, 3, 6, 6), TWO.replace("float[n, ", "float[4, "), batch_size=16)
+    assert [samples for samples, _ in runs] == [4, 4, 4]
+
+
+class Endless(IndexedDataset):
+    """Samples that exist only while they are read."""
+
+    def load(self, where: slice | np.ndarray) -> Batch:
+        positions = np.arange(self.size)[where]
+        return Batch({"x": normal(len(positions), 3, 6, 6, seed=int(positions[0]))})
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_ten_thousand_samples_take_the_memory_of_a_hundred(pairs: bool) -> None:
+    def peak(samples: int) -> int:
+        model = two_layers()
+        data = Endless("endless", "0", model_inputs(model), size=samples, has_labels=False)
+        tracemalloc.start()
+        CalibratePass(data, threads=1, pairs=pairs)(model)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert HISTOGRAM.require(mapped_nodes(model)[0]).counts.sum() == samples * 108
+        return found
+
+    # What is only made once is made now.
+    peak(100)
+    few, many = peak(100), peak(10_000)
+    # Every sample is 432 bytes: all of them, or what is fetched of them, would be megabytes.
+    assert many < few + 100_000
 
 
 @pytest.mark.parametrize(("expression", "value"), [("Add (x, x)", 3e38), ("Div (x, x)", 0.0), ("Log (x)", 0.0)])

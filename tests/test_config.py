@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raqu_onnx.config import DEFAULT_ACCURACY_DROP, OptimizeConfig, load_config, parse_bits, to_toml
+from raqu_onnx.config import (
+    DEFAULT_ACCURACY_DROP,
+    OptimizeConfig,
+    effective_toml,
+    load_config,
+    parse_bits,
+    to_toml,
+)
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.search import SearchSettings
 
 
 def written(folder: Path, text: str) -> Path:
@@ -74,7 +82,7 @@ def test_options_win_over_the_file_which_wins_over_defaults(tmp_path: Path) -> N
     config = load_config(path, {"seed": 7, "hw": None, "pictures": {"std": (4.0,), "size": (8, 9)}})
     assert config.seed == 7
     assert config.weight_bits == (3, 5)
-    assert config.evaluation == "file.npz"
+    assert config.evaluation == str(tmp_path / "file.npz")
     assert config.hw == OptimizeConfig().hw
     assert config.pictures is not None
     assert (config.pictures.mean, config.pictures.std, config.pictures.size) == ((0.5,), (4.0,), (8, 9))
@@ -192,3 +200,79 @@ def test_arguments_are_recorded_and_objects_are_not() -> None:
 def test_counts_are_whole_numbers_and_not_texts(key: str) -> None:
     with pytest.raises(ConfigError, match=key.replace("_", "-")):
         load_config(None, {key: "12"})
+
+
+def test_patterns_come_as_lists_or_as_text() -> None:
+    assert OptimizeConfig(exclude="a{1,2}").exclude == ("a{1,2}",)
+    assert OptimizeConfig(exclude=["a", "b"]).exclude == ("a", "b")
+    assert OptimizeConfig(keep="first,a{1,2}").keep == ("first", "a{1,2}")
+    assert OptimizeConfig(keep=["a,b"]).keep == ("a,b",)
+
+
+@pytest.mark.parametrize(
+    ("values", "goal"),
+    [
+        ({"weight_bits": 4}, (None, None)),
+        ({"weight_bits": 4, "activation_bits": None}, (None, None)),
+        ({"weight_bits": 4, "activation_bits": (4, 8)}, (None, DEFAULT_ACCURACY_DROP)),
+        ({"weight_bits": 4, "max_accuracy_drop": 1.0}, (None, 1.0)),
+        ({"weight_bits": 4, "max_crossbars": 7}, (7, None)),
+    ],
+)
+def test_fixed_widths_have_no_goal_unless_one_is_given(
+    values: dict[str, Any], goal: tuple[int | None, float | None]
+) -> None:
+    config = OptimizeConfig(**values)
+    assert (config.goal.max_crossbars, config.goal.max_accuracy_drop) == goal
+    assert bool(config.goal) is any(part is not None for part in goal)
+    replayed = OptimizeConfig.model_validate(tomllib.loads(effective_toml(config)))
+    assert replayed.goal == config.goal
+
+
+def test_effective_settings_show_the_goal_and_what_stands_for_nothing() -> None:
+    text = effective_toml(OptimizeConfig(model="nets/a.onnx"))
+    values = tomllib.loads(text)
+    assert values["max_accuracy_drop"] == DEFAULT_ACCURACY_DROP
+    assert values["output"] == str(Path("nets/a-raqu"))
+    assert "# max_crossbars: no limit\n" in text
+    assert "# calibration: synthetic inputs\n" in text
+    text = effective_toml(OptimizeConfig(weight_bits=4))
+    assert "# max_accuracy_drop: none: the widths are fixed" in text
+    assert "max_accuracy_drop" not in tomllib.loads(text)
+    assert "# max_accuracy_drop: no limit\n" in effective_toml(OptimizeConfig(max_crossbars=3))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"weight_bits": 9}, "weight_bits: 9 is out of range: widths are 2 to 8, the smaller one first"),
+        ({"seed": "1"}, "seed: must be a whole number, found '1'"),
+        ({"max_crossbars": 0}, "max_crossbars: must be at least 1, found 0"),
+        ({"cells": 1}, "cells: must be true or false, found 1"),
+        ({"skip": "tidy"}, "skip: must be a list, found 'tidy'"),
+        ({"model": 3}, "model: must be a text, found 3"),
+        ({"pictures": 3}, "pictures: must be a table of settings, found 3"),
+        ({"pictures": {"size": [1]}}, "pictures.size.1: has too few values, found [1]"),
+        ({"weight_method": "best"}, "weight_method: must be 'nearest', 'mse', 'gptq' or 'sequential', found 'best'"),
+        ({"exclude": [3]}, "exclude.0: must be a text, found 3"),
+        ({"sede": 1}, "sede is no setting, did you mean seed?"),
+    ],
+)
+def test_errors_from_python_are_ours_and_in_plain_words(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizeConfig(**values)
+    assert str(caught.value) == f"settings: {said}"
+
+
+def test_defaults_of_the_search_stand_in_one_place() -> None:
+    assert OptimizeConfig().search_settings == SearchSettings()
+
+
+def test_reduced_range_ends_at_seven_bits() -> None:
+    def widths(value: object) -> tuple[int, int]:
+        settings = OptimizeConfig.model_validate({"weight_bits": value, "reduce_range": True}).search_settings
+        assert settings.kept_weight_bits == 7
+        return settings.weight_bits
+
+    assert [widths(value) for value in ("2-8", 8, "3-5", 2)] == [(2, 7), (7, 7), (3, 5), (2, 2)]
+    assert OptimizeConfig(reduce_range=True).search_settings.activation_bits == (8, 8)

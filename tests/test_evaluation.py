@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import tempfile
+import tracemalloc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +15,20 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from raqu_onnx.data import open_dataset
+from raqu_onnx.data import open_dataset, take
 from raqu_onnx.errors import DataError, ModelError
-from raqu_onnx.evaluation import Outputs, Score, collect, default_threads, make_session, score
+from raqu_onnx.evaluation import (
+    Outputs,
+    Reference,
+    Score,
+    collect,
+    default_threads,
+    make_session,
+    run_batches,
+    score,
+)
 from raqu_onnx.model_io import load_model, model_inputs
+from raqu_onnx.scoring import Scorer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +42,7 @@ NOISY = LOGITS + RNG.normal(size=LOGITS.shape).astype(np.float32)
 
 
 def outputs_of(*arrays: Any, labels: np.ndarray | None = None) -> Outputs:
-    return Outputs(tuple(f"o{i}" for i in range(len(arrays))), tuple(map(np.asarray, arrays)), labels)
+    return Outputs(tuple(f"o{i}" for i in range(len(arrays))), tuple(map(np.asarray, arrays)), labels, len(arrays[0]))
 
 
 def model_of(text: str) -> onnx.ModelProto:
@@ -45,7 +59,7 @@ def opened(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> Dataset:
 def test_top1_counts_labels_that_are_largest() -> None:
     labels = LOGITS.argmax(1)
     assert score(outputs_of(LOGITS, labels=labels)) == Score(50, top1=1.0)
-    labels[:20] += 1
+    labels[:20] = (labels[:20] + 1) % 6
     assert score(outputs_of(LOGITS, labels=labels)).top1 == 0.6
 
 
@@ -112,13 +126,19 @@ def test_outputs_without_classes_have_no_class_scores(array: np.ndarray) -> None
     assert found.loss == 0.0
 
 
-def test_the_first_table_of_floats_holds_the_classes() -> None:
+def test_the_only_table_of_floats_holds_the_classes() -> None:
     boxes, ids = np.ones((50, 4, 4), np.float32), np.ones((50, 6), np.int64)
     labels = LOGITS.argmax(1)
-    found = score(outputs_of(boxes, ids, LOGITS, -LOGITS, labels=labels), outputs_of(boxes, ids, LOGITS, -LOGITS))
-    assert (found.top1, found.agreement) == (1.0, 1.0)
+    one = outputs_of(boxes, ids, LOGITS, labels=labels)
+    assert score(one, one) == Score(50, 1.0, 1.0, 0.0, math.inf)
+    # Of two, `auto` takes neither.
+    two = outputs_of(boxes, ids, LOGITS, -LOGITS, labels=labels)
+    assert score(two, two) == Score(50, sqnr_db=math.inf)
+    assert score(two, two, "classification") == Score(50, 1.0, 1.0, 0.0, math.inf)
     # Noise counts in all float outputs, integers are no signal.
-    noise = score(outputs_of(boxes, ids, LOGITS, -NOISY), outputs_of(boxes, ids * 100, LOGITS, -LOGITS))
+    noise = score(
+        outputs_of(boxes, ids, LOGITS, -NOISY), outputs_of(boxes, ids * 100, LOGITS, -LOGITS), "classification"
+    )
     signal = boxes.size + 2 * np.square(LOGITS.astype(float)).sum()
     error = np.square(NOISY.astype(float) - LOGITS).sum()
     assert noise.sqnr_db == pytest.approx(10 * math.log10(signal / error))
@@ -144,6 +164,97 @@ def test_loss_and_quality() -> None:
     assert Score(10, top1=0.75).loss == pytest.approx(0.25)
     assert [Score(1, 0.9, 0.8, 0.1, 9).quality, Score(1, None, 0.8, 0.1, 9).quality] == [0.9, 0.8]
     assert Score(1, sqnr_db=20).quality == pytest.approx(0.99)
+
+
+def test_the_task_says_what_is_judged() -> None:
+    labels = LOGITS.argmax(1)
+    labelled, reference = outputs_of(NOISY, labels=labels), outputs_of(LOGITS, labels=labels)
+    values = score(labelled, reference, "regression")
+    assert (values.top1, values.agreement, values.kl) == (None, None, None)
+    assert values.sqnr_db == score(labelled, reference).sqnr_db
+    assert values.metric == "1 - noise/signal"
+    assert values.quality == pytest.approx(1 - 10 ** (-(values.sqnr_db or 0) / 10))
+    assert score(labelled, reference).metric == "top-1"
+    assert score(outputs_of(NOISY), outputs_of(LOGITS)).metric == "agreement"
+    with pytest.raises(DataError, match=r"^--task classification: no float output has one row of class scores"):
+        score(outputs_of(np.ones((4, 3, 2))), task="classification")
+    # As many rows as samples, not as many as anything.
+    halves = Outputs(("o",), (LOGITS,), None, 25)
+    assert score(halves, halves).metric == "1 - noise/signal"
+
+
+def test_an_output_of_another_shape_is_lost() -> None:
+    boxes = np.ones((4, 5, 2))
+    found = score(outputs_of(np.ones((4, 7, 2))), outputs_of(boxes))
+    assert (found.sqnr_db, found.quality) == (0.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- batch by batch
+
+HEADS = """g (float[n, 6] x) => (float[n, 6] y, float[n, 2, 3] maps, int64[n] best) {
+    two = Constant <value_float = 2.0> () y = Mul (x, two)
+    shape = Constant <value_ints = [-1, 2, 3]> () maps = Reshape (x, shape)
+    best = ArgMax <axis = 1, keepdims = 0> (x)
+}"""
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 1 << 20])
+@pytest.mark.parametrize("task", ["auto", "regression"])
+def test_scores_by_batch_are_those_of_the_whole(memory: int, task: Any) -> None:
+    """Whatever lies in the temporary file; counts and KL to the last bit, powers up to their order of summing."""
+    session = make_session(model_of(HEADS).SerializeToString(), threads=1)
+    labels = LOGITS.argmax(1)
+    labels[:7] = 0
+    clean = opened(model_of(HEADS), {"x": LOGITS, "labels": labels})
+    noisy = opened(model_of(HEADS), {"x": NOISY, "labels": labels})
+    reference = Reference(session, clean, 8, task, memory_bytes=memory)
+    whole = collect(session, clean, 8)
+    assert reference.is_classifier == (task == "auto")
+    assert reference.score == score(whole, whole, task)
+    expected = score(collect(session, noisy, 8), whole, task)
+    for _ in range(2):
+        found = reference.judge(run_batches(session, noisy, 8))
+        assert replace(found, sqnr_db=None) == replace(expected, sqnr_db=None)
+        assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-12)
+    # The first batches alone; two readers at once do not disturb each other.
+    first = itertools.islice(run_batches(session, noisy, 8), 3)
+    judged = reference.judge(
+        (item, reference.judge(run_batches(session, clean, 8)) and values) for item, values in first
+    )
+    few = score(collect(session, take(noisy, 24), 8), collect(session, take(clean, 24), 8), task)
+    assert replace(judged, sqnr_db=None) == replace(few, sqnr_db=None)
+
+
+def test_a_reference_keeps_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = model_of(
+        "g (float[n, 4000] x) => (float[n, 40, 100] y) "
+        "{ s = Constant <value_ints = [-1, 40, 100]> () y = Reshape (x, s) }"
+    )
+    session = make_session(proto.SerializeToString(), threads=1)
+    data = opened(proto, {"x": np.ones((200, 4000), np.float32)})
+    reference = Reference(session, data, 4, memory_bytes=0)
+    tracemalloc.start()
+    assert reference.judge(run_batches(session, data, 4)).sqnr_db == math.inf
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All outputs are 3.2 MB, those of a batch 64 kB.
+    assert peak < 1_000_000
+
+    def full(**_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DataError, match=r"^no room for data that is read again \(No space left on device\); make room"):
+        Reference(session, data, 4, memory_bytes=0)
+
+
+def test_results_must_keep_their_number_of_classes() -> None:
+    scorer = Scorer(0, where="data")
+    scorer.add([LOGITS], 50)
+    with pytest.raises(DataError, match=r"^data: class scores change their shape from batch to batch"):
+        scorer.add([LOGITS[:, :4]], 50)
+    with pytest.raises(DataError, match="it holds no samples"):
+        Scorer(None).result()
 
 
 # --------------------------------------------------------------------------------------------------------- sessions

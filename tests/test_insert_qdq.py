@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +96,8 @@ def emit(
     for node in mapped_nodes(model):
         if node.name in (bits or {}):
             BITS.set(node, bits[node.name])  # type: ignore[index]
-    QuantizeWeightsPass(weight_bits=weight, activation_bits=activation, weight_method=method)(model)  # type: ignore[arg-type]
+    quantize = QuantizeWeightsPass(weight_bits=weight, activation_bits=activation, weight_method=method)  # type: ignore[arg-type]
+    replace(quantize, input_bits=activation or 8)(model)
     assert InsertQDQPass()(model).modified
     emitted = to_proto(model)
     onnx.checker.check_model(emitted, full_check=True)
@@ -368,7 +369,7 @@ def test_names_that_are_taken_are_not_taken_again() -> None:
 
 def test_names_in_bodies_are_taken_too() -> None:
     body = onnx.parser.parse_graph(
-        "b () => (float[n, 4] o) { x_a8_scale = Neg (x) w_scale = Add (x_a8_scale, k) o = Mul (w_scale, w) }"
+        "b () => (float[n, 4] o) { x_a8_scale = Neg (x) w_scale = Add (x_a8_scale, k) o = MatMul (w_scale, w) }"
     )
     body.initializer.append(onnx.numpy_helper.from_array(np.float32(2), "k"))
     body.initializer.append(onnx.numpy_helper.from_array(np.float32(3), "w_quantized"))
@@ -384,7 +385,7 @@ def test_names_in_bodies_are_taken_too() -> None:
     assert {"x_a8_scale", "w_scale", "w_quantized"}.isdisjoint(emitted.model.graph.initializers)
     y, z = emitted.run(["y", "z"])
     # The body reads the float weight, the mapped node its codes.
-    np.testing.assert_allclose(z, (2 - x["x"]) * normal(4, 4), rtol=1e-6)
+    np.testing.assert_allclose(z, (2 - x["x"]) @ normal(4, 4), rtol=1e-5)
     np.testing.assert_allclose(y, x["x"] @ normal(4, 4), atol=0.1)
     assert_integer(emitted)
 

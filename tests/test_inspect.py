@@ -89,7 +89,7 @@ def test_one_node_can_be_counted_by_hand(cli: Cli, workspace: Path) -> None:
     found = inspected(cli, "model.onnx", "--hw", "chip.toml", "--weight-bits", 5)
     nodes = {node["name"]: node for node in found["nodes"]}
     assert nodes["conv2"] == {
-        "name": "conv2", "op_type": "Conv", "groups": 1, "rows": 72, "kernels": 8, "mvms": 16,
+        "name": "conv2", "op_type": "Conv", "groups": 1, "rows": 72, "kernels": 8, "mvms": 16, "crossbar_type": "main",
         "crossbars": 6, "cells": 72 * 8 * 3, "utilization": pytest.approx(72 * 8 * 3 / (6 * 32 * 16)),
     }  # fmt: skip
     assert nodes["fc"]["crossbars"] == 1
@@ -136,7 +136,9 @@ def test_the_table_says_the_same(cli: Cli, workspace: Path) -> None:
         ]
     assert f"one node per crossbar: {found['exclusive']['crossbars']} crossbars" in ran.out
     assert f"packed: {found['packed']['crossbars']} crossbars" in ran.out
-    assert "32x16 of 2-bit cells, offset, time sharing; all weights 8 bits" in ran.out
+    assert "32x16 of 2-bit cells, offset; all weights 8 bits" in ran.out
+    assert "time sharing: nodes share a crossbar" in ran.out
+    assert "G groups of K rows" in ran.out
     assert workspace.is_dir()
 
 
@@ -189,9 +191,13 @@ def test_a_heterogeneous_chip_uses_several_types(cli: Cli, tmp_path: Path) -> No
         count is not None and used <= count
         for used, count in zip(found["packed"]["crossbars_by_type"], counts, strict=True)
     )
-    assert "64x64 of 2-bit cells, 128x128 of 2-bit cells, 256x256 of 2-bit cells" in " ".join(
-        cli("inspect", path, "--hw", "hetero").out.split()
-    )
+    out = cli("inspect", path, "--hw", "hetero").out
+    assert "small 64x64 of 2-bit cells, medium 128x128 of 2-bit cells, large 256x256 of 2-bit cells" in out
+    kinds = {node["name"]: node["crossbar_type"] for node in found["nodes"]}
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert {name: lines[name][6] for name in kinds} == kinds
+    assert len(set(kinds.values())) > 1
+    assert ", ".join(f"{n} {t}" for n, t in zip(by_type, ("small", "medium", "large"), strict=True)) in out
 
 
 @pytest.mark.parametrize("name", builtin_chips())

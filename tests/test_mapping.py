@@ -290,6 +290,18 @@ MIXED = """g (float[N,4] x, float[5,6] v) => (float[N,7] y) {
 }"""
 
 
+def test_other_operators_with_weights_have_a_reason_too() -> None:
+    text = """g (float[N,4] x, float[T,N,4] z) => (float[] y, float[] h, float[] s)
+        { [e] y = Einsum <equation = "nk,km->nm"> (x, w) [r] h, t = RNN <hidden_size = 3> (z, wr, rr)
+          [free] s = Einsum <equation = "nk,mk->nm"> (x, x) }"""
+    mapped, unmapped = scan(model_of(text, w=(4, 5), wr=(1, 3, 4), rr=(1, 3, 3)))
+    assert not mapped
+    reasons = {item.name: item.reason for item in unmapped}
+    assert set(reasons) == {"e", "r"}
+    assert "export it as MatMul" in reasons["e"]
+    assert "state" in reasons["r"]
+
+
 def test_the_pass_annotates_both_kinds_in_graph_order() -> None:
     model = model_of(MIXED, w=(4, 5), u=(6, 7))
     before = ir.to_proto(model).graph.node
@@ -326,13 +338,13 @@ def test_a_model_with_nothing_to_map(text: str, message: str) -> None:
         mapped_nodes(model)
 
 
-@pytest.mark.parametrize("text", ["MatMul (w, x)", "MatMul (x, w)", "Conv (x, k)"])
-def test_a_declared_output_of_the_wrong_rank_is_no_crash(text: str) -> None:
+@pytest.mark.parametrize(("text", "mvms"), [("MatMul (w, x)", None), ("MatMul (x, w)", 4), ("Conv (x, k)", None)])
+def test_a_declared_output_of_the_wrong_rank_is_no_crash(text: str, mvms: int | None) -> None:
     """Shape inference keeps what the file declares, even where it is wrong."""
     proto = onnx.parser.parse_model(f"{HEADER} g (float[1,4,4] x) => (float y) {{ [n] y = {text} }}")
     for name, shape in (("w", (4, 4)), ("k", (4, 4, 1))):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
-    assert the_node(ir.from_proto(proto)).mvms is None
+    assert the_node(ir.from_proto(proto)).mvms == mvms
 
 
 def test_tidy_leads_to_mapped_nodes() -> None:

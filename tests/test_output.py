@@ -69,6 +69,22 @@ def test_a_later_run_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) ->
     assert old == ["dumps/mine.onnx", "mine.txt"]
 
 
+def test_models_that_an_earlier_run_dumped_go_and_others_stay(tmp_path: Path, snapshot: Snapshot) -> None:
+    target = tmp_path / "out"
+    fill(target, "model.onnx", "dumps/00-tidy.onnx", "dumps/00-tidy.onnx.data", "dumps/mine.onnx", text="old")
+    before = snapshot(target)
+    with pytest.raises(KeyError), staged_folder(target) as staging:  # noqa: PT012
+        fill(staging, "model.onnx")
+        raise KeyError
+    assert snapshot(target) == before
+    with staged_folder(target) as staging:
+        fill(staging, "model.onnx", "dumps/05-insert-qdq.onnx")
+    assert names(target) == ["dumps/05-insert-qdq.onnx", "dumps/mine.onnx", "model.onnx"]
+    with staged_folder(target) as staging:
+        fill(staging, "model.onnx")
+    assert names(target) == ["dumps/mine.onnx", "model.onnx"]
+
+
 def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     fill(tmp_path, "elsewhere.onnx", text="old")
     (tmp_path / "out").mkdir()

@@ -62,9 +62,12 @@ def test_a_block_opens_a_crossbar_only_where_none_has_room(
 ) -> None:
     packer = new_packer(sharing, ROWS, COLS)
     for height, width, owner in blocks:
-        closed = packer.copy()
-        closed.limit = packer.opened
-        before, room = packer.opened, closed.place(height, width, owner)
+        before = packer.opened
+        packer.begin()
+        packer.limit = before
+        room = packer.place(height, width, owner)
+        packer.limit = None
+        packer.rollback()
         spot = packer.place(height, width, owner)
         assert (packer.opened == before) == (room is not None)
         assert room is None or spot == room
@@ -72,19 +75,27 @@ def test_a_block_opens_a_crossbar_only_where_none_has_room(
 
 @given(blocks=jobs, more=jobs, sharing=st.sampled_from(SHARINGS), limit=limits)
 @settings(max_examples=50)
-def test_a_copy_goes_its_own_way(
+def test_what_is_tried_can_be_taken_back(
     blocks: list[tuple[int, int, int]], more: list[tuple[int, int, int]], sharing: Sharing, limit: int | None
 ) -> None:
-    packer = new_packer(sharing, ROWS, COLS, limit)
+    packer, untouched = (new_packer(sharing, ROWS, COLS, limit) for _ in range(2))
     filled(packer, blocks)
-    trial = packer.copy()
-    expected = [trial.copy().place(*block) for block in more]
-    opened = packer.opened
-    tried = [trial.place(*block) for block in more]
-    assert packer.opened == opened
-    assert [packer.copy().place(*block) for block in more] == expected
-    # The original repeats what the copy did: neither saw the other.
-    assert [packer.place(*block) for block in more] == tried
+    filled(untouched, blocks)
+    for part in (more, more[::-1], blocks):
+        packer.begin()
+        for block in part:
+            packer.place(*block)
+        packer.rollback()
+        assert packer.opened == untouched.opened
+    # What is placed after a rollback can be taken back too, up to the same point.
+    for block in more:
+        packer.place(*block)
+    packer.rollback()
+    assert [packer.place(*block) for block in more] == [untouched.place(*block) for block in more]
+    # What was placed before the next trial stays.
+    packer.begin()
+    packer.rollback()
+    assert [packer.place(*block) for block in blocks] == [untouched.place(*block) for block in blocks]
 
 
 def test_many_free_places_outgrow_the_first_table() -> None:

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from raqu_onnx.layout import MappedNode
 from raqu_onnx.mapping import describe_node
-from raqu_onnx.patches import input_vectors
+from raqu_onnx.patches import input_vectors, output_vectors
 
 SEEDS = st.integers(0, 2**32 - 1)
 # A drawn window that leaves no output is thrown away; a busy machine is no reason to fail.
@@ -64,12 +64,23 @@ def products(node: MappedNode, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.einsum("pgk,gkm->pgm", vectors, matrices).reshape(len(vectors), -1)
 
 
+def assert_outputs(node: MappedNode, x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
+    """Vectors times matrices are the output's vectors, for all of them and for some."""
+    matrices = node.layout.to_matrices(w)
+    total = len(input_vectors(node, x))
+    for limit in (None, 1, 3, total - 1, total, total + 1):
+        expected = np.einsum("pgk,gkm->pgm", input_vectors(node, x, limit=limit), matrices)
+        assert len(expected) == (total if limit is None else min(max(1, limit), total))
+        np.testing.assert_array_equal(output_vectors(node, y, limit=limit), expected)
+
+
 def assert_convolves(model: onnx.ModelProto, x: np.ndarray, w: np.ndarray, expected: np.ndarray) -> MappedNode:
     node = described(model)
     found = products(node, x, w)
     # (N, channels, positions...) -> one row per sample and position
     rows = np.moveaxis(expected, 1, -1).reshape(-1, expected.shape[1])
     np.testing.assert_array_equal(found, rows)
+    assert_outputs(node, x, w, expected)
     return node
 
 
@@ -242,7 +253,9 @@ def test_gemm(rows: int, features: tuple[int, int], transposed: tuple[bool, bool
     w = integers(seed + 1, *(reversed(features) if transposed[1] else features))
     model = one_node("Gemm", x, w, transA=int(transposed[0]), transB=int(transposed[1]))
     node = described(model)
-    np.testing.assert_array_equal(products(node, x, w), runtime(model, x))
+    expected = runtime(model, x)
+    np.testing.assert_array_equal(products(node, x, w), expected)
+    assert_outputs(node, x, w, expected)
     assert node.mvms == 1
 
 
@@ -259,6 +272,7 @@ def test_matmul(batch: list[int], rows: int, features: tuple[int, int], seed: in
     node = described(model)
     expected = runtime(model, x)
     np.testing.assert_array_equal(products(node, x, w), expected.reshape(-1, features[1]))
+    assert_outputs(node, x, w, expected)
     # The first dimension holds the samples.
     assert node.mvms == math.prod([*batch, rows][1:])
 
@@ -276,8 +290,10 @@ def test_matmul_with_the_constant_on_the_left(
     x, w = integers(seed, *batch, features[0], columns), integers(seed + 1, features[1], features[0])
     model = one_node("MatMul", x, w, left=True)
     node = described(model)
-    expected = np.moveaxis(runtime(model, x), -2, -1).reshape(-1, features[1])
+    y = runtime(model, x)
+    expected = np.moveaxis(y, -2, -1).reshape(-1, features[1])
     np.testing.assert_array_equal(products(node, x, w), expected)
+    assert_outputs(node, x, w, y)
     assert node.mvms == math.prod([*batch, columns][1:] if batch else [columns])
 
 

@@ -334,8 +334,28 @@ def test_too_many_crossbars_needed() -> None:
 def test_the_lower_bound_of_a_placement_beyond_a_mixed_chip() -> None:
     chip = chip_of({"rows": 8, "cols": 8, "count": 1}, {"rows": 16, "cols": 16, "count": 1})
     beyond = place({"a": uniform(64, 16, 8)}, chip, ignore_counts=True)
-    assert beyond.crossbars == 64
-    assert beyond.lower_bound == 16
+    assert beyond.crossbars == beyond.lower_bound == 16
+
+
+def test_a_mixed_chip_takes_the_fewest_crossbars() -> None:
+    chip = chip_of({"rows": 8, "cols": 8}, {"rows": 32, "cols": 32, "count": 2}, sharing="time")
+    # Each node of 16 x 16 cells fills four small crossbars exactly, or a quarter of a large one.
+    nodes = {f"n{index}": uniform(16, 4, 8) for index in range(8)}
+    assert place(nodes, chip).crossbars_by_type == (0, 2)
+    # When the large ones are full, the rest goes to the small ones.
+    nodes["last"] = uniform(16, 4, 8)
+    assert place(nodes, chip).crossbars_by_type == (4, 2)
+    # Among equals, the fewest cells.
+    assert place({"a": uniform(8, 2, 8)}, chip).crossbars_by_type == (1, 0)
+
+
+def test_a_mixed_chip_tries_whole_types_too() -> None:
+    """Node by node, a second node opens small crossbars that the blocks of the first would have left room for."""
+    chip = chip_of({"rows": 16, "cols": 16}, {"rows": 8, "cols": 8}, sharing="time")
+    nodes = {"a": uniform(15, 1, 8), "b": uniform(5, 2, 8), "c": uniform(29, 6, 8)}
+    placement = place(nodes, chip)
+    assert placement.crossbars_by_type == (4, 0)
+    assert placement.lower_bound == 4
 
 
 def test_a_kernel_wider_than_every_type() -> None:

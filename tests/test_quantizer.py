@@ -13,8 +13,9 @@ from threadpoolctl import threadpool_limits
 
 from raqu_onnx.annotations import NodeBits
 from raqu_onnx.layout import MappedNode, WeightLayout, Window
-from raqu_onnx.quantizer import ModelQuantizer, NodeSource
-from raqu_onnx.statistics import Histogram, InputMoments, activation_quantizer
+from raqu_onnx.quantizer import ModelQuantizer, NodeSource, QuantizerSettings
+from raqu_onnx.ranges import activation_quantizer
+from raqu_onnx.statistics import Histogram, InputMoments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,9 @@ def source_of(
 
 
 def quantizer_of(*sources: NodeSource, **options: str) -> ModelQuantizer:
-    return ModelQuantizer({s.node.name: s for s in sources}, options.pop("scheme", "offset"), **options)  # type: ignore[arg-type]
+    scheme = options.pop("scheme", "offset")
+    settings = QuantizerSettings(**options)  # type: ignore[arg-type]
+    return ModelQuantizer({s.node.name: s for s in sources}, scheme, settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", [CONV, DECONV, GEMM, WeightLayout("out-in", (4, 12))])
@@ -138,7 +141,7 @@ def test_readers_of_one_tensor_share_its_quantizer_and_fits_are_kept() -> None:
 def test_ranges_and_schemes_reach_the_result() -> None:
     source = source_of(size=3.0)
     for method in ("min-max", "percentile", "mse"):
-        found = quantizer_of(source, range_method=method).activation("n", 3)
+        found = quantizer_of(source, activation_range=method).activation("n", 3)
         assert found == activation_quantizer(source.histogram, 3, method)  # type: ignore[arg-type]
     for scheme, low in (("offset", -2), ("differential-row", -1)):
         codes = quantizer_of(source, scheme=scheme).quantize("n", NodeBits(2, 8)).codes
@@ -172,7 +175,7 @@ def test_a_bias_never_overflows(
     factors = np.array(weights[: layout.channels]).reshape(shape)
     weight = (np.random.default_rng(1).normal(size=layout.shape) * factors).astype(np.float32)
     source = source_of(layout, bias=bias, weight=weight, size=size)
-    quantizer = quantizer_of(source, weight_method=method, range_method=ranges)
+    quantizer = quantizer_of(source, weight_method=method, activation_range=ranges)
     node = quantizer.quantize("n", NodeBits(bits, activation))
     assert node.bias is not None
     # A factor of two stays free below the limits of INT32.

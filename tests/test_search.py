@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from raqu_onnx.data import open_dataset
 from raqu_onnx.evaluation import Score
-from raqu_onnx.hardware import load_chip
+from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.model_io import load_model, model_inputs
 from raqu_onnx.native_output import no_native_output
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
@@ -23,10 +23,13 @@ from raqu_onnx.passes.calibrate import CalibratePass
 from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.placement import DoesNotFitError
+from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
+from raqu_onnx.search import problem as problem_module
 from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program, useful_widths
 from raqu_onnx.search.problem import Problem
 from raqu_onnx.search.sensitivity import measure_sensitivity
+from raqu_onnx.spool import Spool, SpoolError
 
 CELLS_PER_CROSSBAR = 64
 
@@ -213,7 +216,7 @@ def test_candidates_without_a_finite_loss_do_not_stop_the_search() -> None:
 
 def test_too_few_crossbars_say_how_many_are_needed() -> None:
     need = problem().crossbars((2,) * 6)
-    with pytest.raises(DoesNotFitError, match=f"takes {need}"):
+    with pytest.raises(DoesNotFitError, match=f"take {need}; allow at least {need} crossbars$"):
         search(problem(), Goal(max_crossbars=3))  # type: ignore[arg-type]
 
 
@@ -281,14 +284,15 @@ def test_the_best_uniform_width_is_one_that_the_chip_holds() -> None:
 def test_sensitivity_is_measured_on_the_samples_asked_for(batch: str | int, small_net: Any, small_data: Any) -> None:
     judged: list[int] = []
     found = real_problem(small_net(batch=batch), small_data(48), sensitivity_samples=20, batch_size=16)
-    run = found._simulator.run
+    stream = found._simulator.stream
 
     def counted(*arguments: Any) -> Any:
-        outputs = run(*arguments)
-        judged.append(outputs.samples)
-        return outputs
+        judged.append(0)
+        for batch, outputs in stream(*arguments):
+            judged[-1] += batch.size
+            yield batch, outputs
 
-    found._simulator.run = counted  # type: ignore[method-assign]
+    found._simulator.stream = counted  # type: ignore[method-assign]
     assert found.quick_fidelity(Bits.uniform(len(found.nodes), 2, 8)) > 0
     # Whole batches of 16, or of what the model fixes.
     assert judged == [32 if batch == "N" else 20]
@@ -302,13 +306,85 @@ def test_an_output_without_one_row_per_sample_is_compared_batch_by_batch(small_n
     assert np.isfinite(found.quick_fidelity(Bits.uniform(len(found.nodes), 8, 8)))
 
 
-def real_problem(net: onnx.ModelProto, data: dict[str, np.ndarray], **options: Any) -> Problem:
+def test_a_source_may_fill_the_same_arrays_again(small_net: Any, small_data: Any) -> None:
+    data = small_data(48)
+
+    class Reader:
+        """Gives every batch in the same memory, as many data loaders do."""
+
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self.starts = iter(range(0, 48, 16))
+            self.memory = np.zeros((16, 3, 8, 8), np.float32)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            start = next(self.starts, None)
+            if start is None:
+                return None
+            self.memory[:] = data["input"][start : start + 16]
+            return {"input": self.memory}
+
+    unlabelled = {"input": data["input"]}
+    bits = Bits.uniform(3, 3, 8)
+    expected = real_problem(small_net(), unlabelled, batch_size=16).score(bits)
+    assert real_problem(small_net(), Reader(), batch_size=16).score(bits) == expected
+
+
+def test_selection_data_beyond_memory_and_disk_is_read_again(
+    small_net: Any, small_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = Bits.uniform(3, 3, 8)
+    expected = real_problem(small_net(), small_data(48), batch_size=16).score(bits)
+    for room in (10_000, 0):
+        monkeypatch.setattr(problem_module, "Spool", lambda room=room: Spool(room))
+        assert real_problem(small_net(), small_data(48), batch_size=16).score(bits) == expected
+
+    def full() -> Any:
+        raise SpoolError("no room")
+
+    monkeypatch.setattr(problem_module, "Spool", lambda: SimpleNamespace(append=lambda _: full()))
+    assert real_problem(small_net(), small_data(48), batch_size=16).score(bits) == expected
+
+
+def test_the_task_decides_what_candidates_are_judged_by(small_net: Any, small_data: Any) -> None:
+    bits = Bits.uniform(3, 3, 8)
+    values = real_problem(small_net(), small_data(48), task="regression")
+    assert values.reference.metric == "1 - noise/signal"
+    found = values.score(bits)
+    assert (found.top1, found.kl) == (None, None)
+    assert values.quick_fidelity(bits) == pytest.approx(10 ** (-values.score(bits).sqnr_db / 10), rel=0.5)
+    assert real_problem(small_net(), small_data(48)).reference.metric == "top-1"
+
+
+def test_a_chip_of_several_sizes_is_filled_by_crossbars(small_net: Any, small_data: Any) -> None:
+    """Large crossbars serve a budget that small ones would exceed many times over."""
+    kinds = [
+        {"name": "small", "rows": 16, "cols": 8, "cell_bits": 2, "count": 100},
+        {"name": "large", "rows": 64, "cols": 32, "cell_bits": 2, "count": 4},
+    ]
+    chip = Chip.model_validate(
+        {
+            "schema_version": 1, "name": "mixed", "encoding": "offset", "sharing": "time", "dac_bits": 1,
+            "crossbars": kinds,
+        }
+    )  # fmt: skip
+    found = real_problem(small_net(), small_data(48), chip=chip, evaluations=2)
+    smallest = found.crossbars((2, 2, 2)) or 99
+    result = search(found, Goal(max_crossbars=smallest + 1, max_accuracy_drop=None))
+    assert result.chosen.crossbars <= smallest + 1 <= 3
+    # What is left of the budget got bits.
+    assert max(result.chosen.bits.weights) > 2
+
+
+def real_problem(net: onnx.ModelProto, data: Any, chip: Chip | None = None, **options: Any) -> Problem:
     model = load_model(net)
     dataset = open_dataset(data, model_inputs(model))
     for item in (TidyPass(), AnnotateTilingPass(), CalibratePass(dataset)):
         model = item(model).model
-    quantizer = build_quantizer(model, "offset", weight_method="mse")
-    return Problem(model, quantizer, load_chip("generic"), dataset, SearchSettings(threads=1, **options))
+    quantizer = build_quantizer(model, "offset", QuantizerSettings("mse"))
+    return Problem(model, quantizer, chip or load_chip("generic"), dataset, SearchSettings(threads=1, **options))
 
 
 def test_native_libraries_cannot_write_into_results(capfd: pytest.CaptureFixture[str]) -> None:
@@ -316,3 +392,54 @@ def test_native_libraries_cannot_write_into_results(capfd: pytest.CaptureFixture
         os.write(1, b"from below")
     os.write(1, b"ours")
     assert capfd.readouterr().out == "ours"
+
+
+@pytest.mark.parametrize("goal", [Goal(26, None), Goal(None, 6.0)])
+@pytest.mark.parametrize("widths", [(2, 8), (2, 4)])
+def test_kept_nodes_have_8_bits_in_everything_that_is_judged(goal: Goal, widths: tuple[int, int]) -> None:
+    fake = problem(weight_bits=widths, activation_bits=(4, 6), evaluations=10, kept=frozenset({0, 5}))
+    result = search(fake, goal)  # type: ignore[arg-type]
+    assert {e.origin for e in result.evaluations} >= {"bayesian search", "integer program"}
+    for bits in [e.bits for e in result.evaluations] + [b.bits for b in result.baselines]:
+        assert bits.activations is not None
+        assert (bits.weights[0], bits.weights[5], bits.activations[0], bits.activations[5]) == (8, 8, 8, 8)
+    for evaluation in result.evaluations:
+        assert all(widths[0] <= evaluation.bits.weights[node] <= 8 for node in range(1, 5))
+    found = result.chosen.bits
+    assert min(found.weights[1:5]) < 8
+    assert found.activations is not None
+    assert max(found.activations[1:5]) <= 6
+    lowest = fake.settings.bits(6, 2, None).weights
+    assert result.baselines[-1].packed_crossbars == fake.crossbars(lowest)
+
+
+def test_the_integer_program_is_exact_with_kept_nodes() -> None:
+    fake = problem(weight_bits=(2, 4), kept=frozenset({3}))
+    table = measure_sensitivity(fake).weights  # type: ignore[arg-type]
+    for crossbars in (28, 32, 99):
+        found = solve_integer_program(fake, table, crossbars)  # type: ignore[arg-type]
+        assert found is not None
+        assert found[3] == 8
+        assert (fake.crossbars(found) or 999) <= crossbars
+        assert max(found[:3] + found[4:]) <= 4
+    assert useful_widths(fake)[3] == [8]  # type: ignore[arg-type]
+    assert useful_widths(fake)[0] == [2, 4]  # type: ignore[arg-type]
+
+
+def test_kept_nodes_count_where_room_is_short() -> None:
+    fake = problem(weight_bits=(3, 8), kept=frozenset({3}))
+    need = fake.crossbars(fake.settings.bits(6, 3, None).weights)
+    said = f"3 bits with 1 node kept at 8, take {need}; .* a smaller width than 3 or fewer nodes kept at 8 bits$"
+    with pytest.raises(DoesNotFitError, match=said):
+        search(fake, Goal(max_crossbars=3))  # type: ignore[arg-type]
+
+
+def test_fixed_widths_without_a_goal_are_held_against_8_bits_only() -> None:
+    fake = problem(weight_bits=(3, 3), kept=frozenset({1}))
+    result = search(fake, Goal(None, None))  # type: ignore[arg-type]
+    assert result.goal_met is None
+    assert result.best_uniform is None
+    assert result.chosen.bits.weights == (3, 8, 3, 3, 3, 3)
+    assert [b.weight_bits for b in result.baselines] == [8]
+    judged = search(problem(weight_bits=(3, 3)), Goal(None, 0.0))  # type: ignore[arg-type]
+    assert judged.goal_met is False

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from threadpoolctl import threadpool_limits
 
 from raqu_onnx.quantized import ActivationQuantizer
-from raqu_onnx.statistics import CrossMoments, Histogram, InputMoments, activation_quantizer
+from raqu_onnx.ranges import activation_quantizer
+from raqu_onnx.statistics import Histogram, InputMoments
 
 METHODS = ("min-max", "percentile", "mse")
 LARGEST = float(np.finfo(np.float32).max)
@@ -82,6 +83,41 @@ def test_shape_and_emptiness_do_not_matter() -> None:
     values = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
     flat, shaped = histogram_of(values.reshape(-1)), histogram_of(values, values[:0])
     np.testing.assert_array_equal(flat.counts, shaped.counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 40), st.data())
+def test_values_are_thinned_sample_by_sample(samples: int, width: int, most: int, data: st.DataObject) -> None:
+    x = np.random.default_rng(most).normal(size=(samples, 3, width, width)).astype(np.float32)
+    whole, parts = Histogram(), Histogram()
+    whole.update(x, most=most)
+    cuts = sorted(data.draw(st.lists(st.integers(0, samples), max_size=3)))
+    for part in np.split(x, cuts):
+        parts.update(part, most=most)
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    assert (whole.low, whole.high) == (x.min(), x.max())
+    counted = whole.counts.sum() + whole.zeros
+    assert counted % samples == 0
+    assert 1 <= counted / samples <= max(most, 1)
+    if most >= x[0].size:
+        assert counted == x.size
+
+
+def test_thinning_meets_every_column() -> None:
+    # 16 of 256 values: every sixteenth one would be the first column alone.
+    x = np.tile(np.arange(1, 17, dtype=np.float32), (1, 16, 1))
+    histogram = Histogram()
+    histogram.update(x, most=16)
+    assert np.count_nonzero(histogram.counts) > 12
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    histogram = histogram_of(np.ones(4, np.float32))
+    before = histogram.counts.copy()
+    with pytest.raises(ValueError, match="infinite or not a number"):
+        histogram.update(np.array([0.5, value, 2.0], np.float32))
+    np.testing.assert_array_equal(histogram.counts, before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -312,73 +348,3 @@ def test_ties_go_to_even_codes() -> None:
     quantizer = ActivationQuantizer(4, 0.5, 0)
     values = np.array([0.25, 0.75, 1.25, 1.75, 7.25, 100.0, -1.0], np.float32)
     np.testing.assert_array_equal(quantizer.quantize(values), [0, 2, 2, 4, 14, 15, 0])
-
-
-# ---------------------------------------------------------------------------------------------------- cross moments
-
-
-def pairs(count: int = 500, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of two groups and seven rows, and others that depend on them; means may lie far from 0."""
-    rng = np.random.default_rng(3)
-    f = rng.normal(size=(count, 2, 7)) @ rng.normal(size=(7, 7))
-    q = 0.5 * f @ rng.normal(size=(7, 7)) + rng.normal(size=f.shape)
-    return (f + offset * np.arange(7)).astype(np.float32), (q - offset * np.arange(7)).astype(np.float32)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("cuts", [[], [0, 3, 200, 201]])
-def test_cross_moments_equal_numpy_whatever_the_batches(offset: float, cuts: list[int]) -> None:
-    f, q = pairs(offset=offset)
-    cross = CrossMoments(2, 7)
-    for reference, arriving in zip(np.split(f, cuts), np.split(q, cuts), strict=True):
-        cross.update(reference, arriving)
-    assert cross.count == 500
-    wide = [x.astype(np.float64).transpose(1, 0, 2) for x in (f, q)]
-    np.testing.assert_allclose(cross.reference_mean, wide[0].mean(1), rtol=1e-6, atol=1e-5)
-    for centred in (True, False):
-        left, right = (x - x.mean(1, keepdims=True) if centred else x for x in wide)
-        # Rows belong to the reference, columns to what arrives.
-        expected = np.einsum("gpi,gpj->gij", left, right) / 500
-        found = cross.covariance(centred=centred)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    turned = CrossMoments(2, 7)
-    turned.update(q, f)
-    np.testing.assert_allclose(turned.covariance(), cross.covariance().transpose(0, 2, 1), rtol=1e-3, atol=1e-2)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.lists(st.integers(0, 40), max_size=3), st.booleans())
-def test_cross_moments_of_equal_vectors_are_their_moments(count: int, cuts: list[int], centred: bool) -> None:
-    x, _ = pairs(count, 5.0)
-    cross, moments = CrossMoments(2, 7), InputMoments(2, 7)
-    for batch in np.split(x, sorted(cuts)):
-        cross.update(batch, batch)
-        moments.update(batch)
-    assert cross.count == moments.count == count
-    np.testing.assert_allclose(cross.reference_mean, moments.mean, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(cross.covariance(centred=centred), moments.covariance(centred=centred), atol=2e-3)
-
-
-def test_cross_moments_of_one_pair_and_of_none() -> None:
-    cross = CrossMoments(2, 3)
-    cross.update(np.empty((0, 2, 3), np.float32), np.empty((0, 2, 3), np.float32))
-    assert not cross.reference_mean.any()
-    assert not cross.covariance().any()
-    f, q = np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.full((1, 2, 3), 2.0, np.float32)
-    cross.update(f, q)
-    np.testing.assert_allclose(cross.reference_mean, f[0])
-    assert not cross.covariance().any()
-    np.testing.assert_allclose(cross.covariance(centred=False), 2 * f[0][:, :, None] * np.ones((1, 1, 3)))
-
-
-def test_rows_that_never_vary_go_with_nothing() -> None:
-    f, q = pairs()
-    q[:, :, 1], q[:, :, 4] = 0.0, 0.1
-    f[:, :, 2] = 1234.5
-    cross = CrossMoments(2, 7)
-    for batch in zip(np.split(f, 4), np.split(q, 4), strict=True):
-        cross.update(*batch)
-    covariance = cross.covariance()
-    # A constant must not seem to vary by the rounding of its mean: the fit divides by variances.
-    for dead in (covariance[:, :, [1, 4]], covariance[:, 2]):
-        assert np.abs(dead).max() < 1e-9 * 1234.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -171,13 +172,40 @@ class TestFoldConstants:
     def test_quantizers_and_random_numbers_stay(self) -> None:
         model = model_of(
             """
-            g (float[n, 2] x) => (float[n, 2] y) <int8[2, 2] q = {1, 2, 3, 4}, float s = {0.5}> {
+            g (float[n, 2] x) => (float[n, 2] y) <int8[2] q = {1, 2}, float s = {0.5}> {
               w = DequantizeLinear (q, s)
               r = RandomNormal <shape = [2]> ()
               r2 = RandomUniformLike (s)
               a = Add (r, r2)
-              h = MatMul (x, w)
+              h = Mul (x, w)
               y = Add (h, a)
+            }"""
+        )
+        assert unchanged(model, FoldConstantsPass())
+
+    @pytest.mark.parametrize("kind", [np.int8, ml_dtypes.int4])
+    def test_weights_stored_as_integers_become_float(self, kind: type) -> None:
+        model = model_of(
+            """
+            g (float[n, 2] x) => (float[n, 2] y) <float[2] s = {0.5, 2.0}> {
+              w = DequantizeLinear <axis = 0> (q, s)
+              y = MatMul (x, w)
+            }""",
+            header='<ir_version: 10, opset_import: ["": 21]>',
+            q=np.array([[1, -2], [3, 4]], kind),
+        )
+        after = applied(model, FoldConstantsPass())
+        assert ops(after) == ["MatMul"]
+        assert after.graph.initializers["w"].const_value.numpy().tolist() == [[0.5, -1.0], [6.0, 8.0]]
+
+    def test_weights_of_a_quantized_layer_stay_integers(self) -> None:
+        model = model_of(
+            """
+            g (float[n, 2] x) => (float[n, 2] y) <int8[2, 2] q = {1, 2, 3, 4}, float s = {0.5}> {
+              xq = QuantizeLinear (x, s)
+              xd = DequantizeLinear (xq, s)
+              w = DequantizeLinear (q, s)
+              y = MatMul (xd, w)
             }"""
         )
         assert unchanged(model, FoldConstantsPass())

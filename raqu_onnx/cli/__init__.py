@@ -1,13 +1,15 @@
 """The command line: parses, calls the library, prints.
 
 Results go to stdout, logs and progress to stderr. Exit codes: 0 done; 1 ran, but a target was not met or a check
-failed; 2 bad usage, configuration, model, chip or data; 130 interrupted.
+failed, or the result could not be printed; 2 bad usage, configuration, model, chip or data; 130 interrupted; 141 the
+reader of a pipe left before all was printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -16,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from raqu_onnx.errors import ConfigError, RaquError
+from raqu_onnx.cli.parser import Parser
+from raqu_onnx.cli.printing import StdoutError
+from raqu_onnx.errors import RaquError
 
 __all__ = ["main"]
 
@@ -30,6 +34,9 @@ _COMMANDS = {
     "passes": "list the passes of the pipeline with their options",
     "manifest": "print the manifest's JSON Schema, or a manifest's summary",
 }
+
+# What a shell reports of programs that SIGPIPE ends.
+_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: After `--help` and `--version`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # Closed by the caller, as `>&-` does.
+        _discard_output()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Names may hold what the terminal's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _tidy_termination():
             code = _run(arguments)
             sys.stdout.flush()
+    except StdoutError as error:
+        _discard_output()
+        return _fail(str(error), error.exit_code)
     except RaquError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -58,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("terminated; no result was written", file=sys.stderr)
         return 128 + signal.SIGTERM
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough.
+        # The reader, such as `head`, has seen enough. 0 would claim success for a check that failed.
         _discard_output()
-        return 0
+        return _BROKEN_PIPE
     except OSError as error:
         # A full disk behind stdout, no room for temporary files: what the modules could not foresee.
         _discard_output()
-        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", RaquError.exit_code)
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", RaquError.exit_code)
     return code
 
 
@@ -110,15 +124,8 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are like all others: one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`")
-
-
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(chosen: str | None) -> Parser:
+    parser = Parser(
         prog="raqu-onnx",
         description="Mixed-precision quantization and mapping of ONNX models for chips made of RRAM crossbars.",
         epilog="`raqu-onnx COMMAND --help` tells more about one command. `raqu-onnx demo` shows it all.",
@@ -128,6 +135,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, help_text in _COMMANDS.items():
         if name == chosen:
             importlib.import_module(f"raqu_onnx.cli.{name}").add_parser(commands)
+            parser.chosen = commands.choices[name]
         else:
             commands.add_parser(name, help=help_text)
     return parser

@@ -7,11 +7,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.cli.printing import console
 from raqu_onnx.errors import ChipError
 from raqu_onnx.hardware import Chip, ChipFileError, builtin_chips, load_chip
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 __all__ = ["add_parser"]
@@ -66,10 +66,10 @@ def _list(args: argparse.Namespace) -> int:
             chip.sharing,
             chip.title,
         )
-    console = _console()
-    console.print(table)
+    out = console(pipe_columns=None)
+    out.print(table)
     if any(chip.encoding_is_approximation for chip in chips):
-        console.print("~ the nearest of the four encodings; `raqu-onnx hw show NAME` says why")
+        out.print("~ the nearest of the four encodings; `raqu-onnx hw show NAME` says why")
     return 0
 
 
@@ -87,12 +87,12 @@ def _show(args: argparse.Namespace) -> int:
             unsourced_figures=list(chip.unsourced_figures()),
         )
         return 0
-    console = _console()
+    out = console(pipe_columns=None)
     for text in (f"{chip.name}: {chip.title}" if chip.title else chip.name, chip.description):
         if text:
-            console.print(text, end="\n\n")
+            out.print(text, end="\n\n")
     if chip.encoding_is_approximation:
-        console.print(f"The encoding is an approximation: {chip.encoding_is_approximation}", end="\n\n")
+        out.print(f"The encoding is an approximation: {chip.encoding_is_approximation}", end="\n\n")
     table = _table("figure", "value", "source")
     unknown = []
     for key, value in chip.settings().items():
@@ -102,9 +102,9 @@ def _show(args: argparse.Namespace) -> int:
             unknown.append(key)
         else:
             table.add_row(key, _value(key, value), chip.source_of(key) or "" if value is not None else "")
-    console.print(table)
+    out.print(table)
     if unknown:
-        console.print(f"\nNot known: {', '.join(unknown)}")
+        out.print(f"\nNot known: {', '.join(unknown)}")
     return 0
 
 
@@ -149,13 +149,6 @@ def _print_checked(result: dict[str, Any]) -> None:
 
 def _print_json(**content: object) -> None:
     print(json.dumps({"schema_version": _JSON_VERSION, **content}, indent=2, allow_nan=False))
-
-
-def _console() -> Console:
-    # rich honours NO_COLOR and COLUMNS, and takes 80 columns in a pipe. Chip texts are not markup.
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, emoji=False)
 
 
 def _table(*headers: str) -> Table:

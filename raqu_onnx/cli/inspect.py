@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from raqu_onnx.cli.options import add_common, print_json, start_logging
+from raqu_onnx.cli.options import add_common, add_exclude, start_logging
+from raqu_onnx.cli.printing import print_json
 
 if TYPE_CHECKING:
     from raqu_onnx.inspection import Inspection
@@ -24,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("model", metavar="MODEL.onnx", help="the model")
     parser.add_argument("--hw", default="generic", metavar="NAME|FILE", help="chip or TOML file (default: generic)")
     parser.add_argument("--weight-bits", default=8, type=int, metavar="N", help="width of all weights (default: 8)")
+    add_exclude(parser)
     add_common(parser)
     parser.set_defaults(run=_run)
 
@@ -35,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
     start_logging(args)
     if not 2 <= args.weight_bits <= 8:
         raise ConfigError(f"--weight-bits: {args.weight_bits} is out of range: widths are 2 to 8")
-    result = inspect(args.model, args.hw, weight_bits=args.weight_bits)
+    result = inspect(args.model, args.hw, weight_bits=args.weight_bits, exclude=args.exclude or ())
     if args.format == "json":
         print_json(_to_json(result))
     else:
@@ -58,6 +60,7 @@ def _to_json(result: Inspection) -> dict[str, Any]:
                 "rows": item.node.layout.rows,
                 "kernels": item.node.layout.kernels,
                 "mvms": item.node.mvms,
+                "crossbar_type": item.crossbar_type,
                 "crossbars": item.crossbars,
                 "cells": item.cells,
                 "utilization": item.utilization,

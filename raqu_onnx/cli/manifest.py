@@ -1,8 +1,9 @@
-"""`raqu-onnx manifest`: the manifest's JSON Schema, or a manifest's summary."""
+"""`raqu-onnx manifest`: the schemas of what a run writes, or a manifest's summary."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,48 @@ __all__ = ["add_parser"]
 _JSON_VERSION = 1
 
 
+def _manifest_schema() -> dict[str, Any]:
+    from raqu_onnx.manifest import manifest_schema
+
+    return manifest_schema()
+
+
+def _report_schema() -> dict[str, Any]:
+    from raqu_onnx.report import report_schema
+
+    return report_schema()
+
+
+def _cells_format() -> dict[str, Any]:
+    from raqu_onnx.cells_format import cells_format
+
+    return cells_format()
+
+
+_SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
+    "manifest": _manifest_schema,
+    "report": _report_schema,
+    "cells": _cells_format,
+}
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `manifest schema | show` to the command line."""
     parser = subparsers.add_parser(
         "manifest",
         help="print the manifest's JSON Schema, or a manifest's summary",
-        description="Print the JSON Schema that every manifest obeys, or the summary of one.",
+        description="Print the schema of a file that `optimize` writes, or the summary of a manifest.",
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    schema = actions.add_parser("schema", help="print the JSON Schema", description="Print the JSON Schema.")
+    schema = actions.add_parser(
+        "schema",
+        help="print the schema of a file that `optimize` writes",
+        description="Print the JSON Schema of manifest.json or report.json, or what the arrays of cells.npz are: "
+        "names, type, shape, meaning of the levels and of polarity.",
+    )
+    schema.add_argument(
+        "file", nargs="?", choices=list(_SCHEMAS), default="manifest", help="which file (default: manifest)"
+    )
     schema.set_defaults(run=_schema)
     show = actions.add_parser("show", help="summarize a manifest", description="Summarize a manifest.")
     show.add_argument("out_dir", metavar="OUT_DIR", help="folder that optimize wrote, or a manifest file")
@@ -30,12 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.set_defaults(run=_show)
 
 
-def _schema(_: argparse.Namespace) -> int:
+def _schema(args: argparse.Namespace) -> int:
     import json
 
-    from raqu_onnx.manifest import manifest_schema
-
-    print(json.dumps(manifest_schema(), indent=2))
+    print(json.dumps(_SCHEMAS[args.file](), indent=2))
     return 0
 
 
@@ -45,9 +77,9 @@ def _show(args: argparse.Namespace) -> int:
     path = Path(args.out_dir)
     manifest = read_manifest(path / "manifest.json" if path.is_dir() else path)
     if args.format == "json":
-        import json
+        from raqu_onnx.cli.printing import print_json
 
-        print(json.dumps({"schema_version": _JSON_VERSION, **_summary(manifest)}, indent=1))
+        print_json({"schema_version": _JSON_VERSION, **_summary(manifest)})
     else:
         _print(manifest)
     return 0
@@ -63,13 +95,14 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "executable": manifest.executable,
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
         "totals": manifest.totals.model_dump(mode="json"),
-        "nodes": [_node(node) for node in manifest.nodes],
+        "nodes": [_node(node, manifest) for node in manifest.nodes],
         "unmapped": [item.model_dump() for item in manifest.unmapped],
     }
 
 
-def _node(node: NodeEntry) -> dict[str, Any]:
+def _node(node: NodeEntry, manifest: Manifest) -> dict[str, Any]:
     matrix = node.matrix
+    types = sorted({placement.type for placement in node.placements})
     return {
         "name": node.name,
         "op_type": node.op_type,
@@ -80,12 +113,14 @@ def _node(node: NodeEntry) -> dict[str, Any]:
         "activation_bits": None if node.activation is None else node.activation.bits,
         "mvms": node.mvms,
         "placements": len(node.placements),
+        "crossbar_types": [manifest.chip.crossbars[index].name for index in types],
         "crossbars": len({(placement.type, placement.crossbar) for placement in node.placements}),
     }
 
 
 def _print(manifest: Manifest) -> None:
-    from raqu_onnx.cli.options import console, new_table
+    from raqu_onnx.cli.printing import console, counted, print_table
+    from raqu_onnx.cli.tables import MATRIX_LEGEND, SHARING_LEGEND
 
     out = console()
     totals = manifest.totals
@@ -93,19 +128,23 @@ def _print(manifest: Manifest) -> None:
         f"{total.allocated} {total.name}" + ("" if total.count is None else f" of {total.count}")
         for total in totals.crossbars
     )
-    out.print(f"{manifest.model.file} on {manifest.chip.name}, {manifest.sharing} sharing")
-    out.print(f"crossbars: {used} (lower bound {totals.lower_bound}), {totals.placements} placements")
+    out.print(f"{manifest.model.file} on {manifest.chip.name}")
+    out.print(f"crossbars: {used} (lower bound {totals.lower_bound}), {counted(totals.placements, 'placement')}")
     out.print(f"cell utilization {_share(totals.cell_utilization)}, bit {_share(totals.bit_utilization)}")
+    out.print(SHARING_LEGEND[manifest.sharing])
     if manifest.calibration is not None and manifest.calibration.synthetic:
         out.print("calibrated on generated inputs, not on real data")
-    headers = ("node", "type", "G", "K", "M", "w bits", "a bits", "MVMs", "crossbars")
-    table = new_table(*headers, right=tuple(range(2, len(headers))))
-    for node in map(_node, manifest.nodes):
+    several = len(manifest.chip.crossbars) > 1
+    headers = ["node", "op", "G", "K", "M", "w bits", "a bits", "MVMs", *(["type"] if several else []), "crossbars"]
+    rows = []
+    for node in (_node(entry, manifest) for entry in manifest.nodes):
         bits = ",".join(map(str, node["weight_bits"]))
         activation, mvms = (str("?" if node[k] is None else node[k]) for k in ("activation_bits", "mvms"))
         sizes = (str(node[key]) for key in ("groups", "rows", "kernels"))
-        table.add_row(node["name"], node["op_type"], *sizes, bits, activation, mvms, str(node["crossbars"]))
-    out.print(table)
+        kinds = [",".join(node["crossbar_types"])] if several else []
+        rows.append([node["name"], node["op_type"], *sizes, bits, activation, mvms, *kinds, str(node["crossbars"])])
+    print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
+    out.print(MATRIX_LEGEND)
     for item in manifest.unmapped:
         out.print(f"in float: {item.op_type} {item.name}: {item.reason}")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raqu_onnx.cli.options import add_common, print_json, start_logging
+from raqu_onnx.cli.options import add_common, add_exclude, start_logging
+from raqu_onnx.cli.printing import counted, print_json, result_is_complete
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from raqu_onnx.config import OptimizeConfig
 
 __all__ = ["add_parser", "run_optimize"]
@@ -21,12 +23,19 @@ accuracy stays; write a QDQ model that any onnxruntime runs, and a manifest that
 says which weight sits in which cell.
 """
 _EPILOG = """\
-With no goal given, the fewest crossbars within 0.5 points of float are sought.
+With no goal given, the fewest crossbars within 0.5 points of float are sought;
+with fixed widths (--weight-bits 4) there is then no goal to miss.
 DATA is an .npz (arrays by input name, and `labels`), an .npy, a folder of
-pictures, or file.py:function that yields feeds.
+pictures, or file.py:function that yields feeds. Pictures are resized so that
+the shorter side just fits the model's input (or --picture-size), and cropped at
+the centre.
 
-exit codes: 0 done; 1 ran, but the goal was not met; 2 bad usage, model, chip or
-data; 130 interrupted
+Without --quiet, the stages of the run go to stderr with the seconds so far, as
+a bar on a terminal. Warnings are also in report.json.
+
+exit codes: 0 done; 1 ran, but the goal was not met, or stdout could not be
+written (the files are complete); 2 bad usage, model, chip or data, no result
+was written; 130 interrupted; 141 the reader of a pipe left
 """
 
 
@@ -41,11 +50,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="the trained float model")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for the results (default: MODEL-raqu)")
-    parser.add_argument("--config", metavar="FILE.toml", help="settings; options given here win over it")
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="settings; paths in it are relative to its folder; options given here win"
+    )
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
-    parser.add_argument("--no-progress", action="store_true", help="draw no progress even on a terminal")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress")
     add_common(parser)
     _add_data(parser.add_argument_group("data"))
     _add_goal(parser.add_argument_group("chip and goal"))
@@ -59,7 +70,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--selection", metavar="DATA", help="data that bits are chosen on (default: half of the above)")
     group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
     group.add_argument("--calibration-samples", type=int, metavar="N", help="most samples used (default: 512)")
-    group.add_argument("--picture-size", metavar="HxW", help="size of pictures from folders (default: the model's)")
+    group.add_argument(
+        "--picture-size", metavar="HxW", help="resize and crop pictures of folders to this (default: the model's)"
+    )
     group.add_argument("--picture-mean", metavar="M[,M,M]", help="subtracted from pictures in 0..1 (default: 0)")
     group.add_argument("--picture-std", metavar="S[,S,S]", help="divides pictures after that (default: 1)")
     group.add_argument("--picture-layout", choices=["nchw", "nhwc"], help="axis order of the input (default: nchw)")
@@ -73,18 +86,66 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="POINTS",
         help="use the fewest crossbars within POINTS of float: hundredths of top-1 accuracy; without labels of "
-        "agreement with float; without class scores of noise over signal (default: 0.5)",
+        "agreement with float; without class scores of noise power over signal power, all outputs together, where 0.5 "
+        "is an SQNR of 23 dB (default: 0.5)",
+    )
+    group.add_argument(
+        "--task",
+        choices=["auto", "classification", "regression"],
+        help="what is judged: classification takes the first float output of shape (samples, classes) as class scores, "
+        "regression judges all float outputs by their noise; auto: classification where there is exactly one such "
+        "output (default: auto)",
     )
     group.add_argument("--weight-bits", metavar="N|N-M", help="width, 2 to 8; a range is searched (default: 2-8)")
     group.add_argument(
-        "--activation-bits", metavar="N|N-M|float", help="width, 2 to 8; a range is searched (default: 8)"
+        "--reduce-range",
+        action="store_true",
+        default=None,
+        help="limit weights to 7 bits, whose sums are exact in onnxruntime on x86 CPUs without VNNI too",
+    )
+    group.add_argument(
+        "--activation-bits",
+        metavar="N|N-M|float",
+        help="width, 2 to 8; a range is searched; float for measurements only, no backend can run it (default: 8)",
+    )
+    group.add_argument(
+        "--input-bits",
+        type=int,
+        metavar="N",
+        help="width of the model's own inputs, such as pictures, whatever the other activations get (default: 8)",
+    )
+    add_exclude(group)
+    group.add_argument(
+        "--keep",
+        action="append",
+        metavar="PATTERN,...",
+        help="keep 8-bit weights and activations in these nodes whatever the others get: `first`, `last` (no mapped "
+        "node before, or after), or patterns as above",
     )
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-method", choices=["nearest", "mse", "gptq", "sequential"], help="default: sequential")
-    group.add_argument("--fit-samples", type=int, metavar="N", help="samples that `sequential` fits on (default: 256)")
-    group.add_argument("--activation-range", choices=["min-max", "percentile", "mse"], help="ranges (default: mse)")
+    group.add_argument(
+        "--fit-without",
+        action="append",
+        metavar="PART,...",
+        help="leave parts of the weight method out, to see what they give: bias, scales, polish, refit (of `gptq` and "
+        "`sequential`), targets, residuals, shrinkage (of `sequential`)",
+    )
+    group.add_argument("--fit-samples", type=int, metavar="N", help="samples that `sequential` fits on (default: 512)")
+    group.add_argument(
+        "--equalize",
+        action="store_true",
+        default=None,
+        help="scale channels between layers so that those of an activation use its codes more equally, while the float "
+        "model computes what it did (cross-layer equalization); can help at activations of 4 bits and fewer: compare",
+    )
+    group.add_argument(
+        "--activation-range",
+        choices=["min-max", "percentile", "entropy", "mse"],
+        help="how ranges of activations are chosen (default: mse)",
+    )
     group.add_argument("--evaluations", type=int, metavar="N", help="candidates of the Bayesian stage (default: 24)")
     group.add_argument(
         "--sensitivity-samples", type=int, metavar="N", help="samples per sensitivity measurement (default: 256)"
@@ -104,12 +165,15 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "weight_bits", "activation_bits", "weight_method", "activation_range", "evaluations",
-    "sensitivity_samples", "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
+    "max_accuracy_drop", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
+    "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples", "batch_size", "seed",
+    "threads", "passes", "skip", "dump_after", "cells",
 )  # fmt: skip
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    from raqu_onnx.selection import split_patterns
+
     values = {key: getattr(args, key) for key in _SETTINGS}
     pictures = {
         "size": _numbers(args.picture_size, "x", int, "--picture-size"),
@@ -119,6 +183,9 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     }
     given = {key: value for key, value in pictures.items() if value is not None}
     values["pictures"] = given or None
+    for key in ("keep", "fit_without"):
+        texts = getattr(args, key)
+        values[key] = None if texts is None else [part for text in texts for part in split_patterns(text)]
     return values
 
 
@@ -134,19 +201,17 @@ def _numbers(text: str | None, separator: str, kind: type, option: str) -> tuple
 
 
 def _run(args: argparse.Namespace) -> int:
-    from raqu_onnx.config import load_config, to_toml
+    from raqu_onnx.config import default_output, effective_toml, load_config
     from raqu_onnx.errors import ConfigError
 
     start_logging(args)
     config = load_config(args.config, _overrides(args))
     if args.show_config:
-        print(to_toml(config), end="")
+        print(effective_toml(config), end="")
         return 0
     if config.model is None:
         raise ConfigError("no model is given: name an ONNX file, as in `raqu-onnx optimize model.onnx`")
-    if config.output is None:
-        model = Path(config.model)
-        config = config.model_copy(update={"output": str(model.parent / f"{model.stem}-raqu")})
+    config = config.model_copy(update={"output": default_output(config)})
     if args.dry_run:
         return _dry_run(config, args)
     return run_optimize(config, args)
@@ -165,12 +230,12 @@ def run_optimize(config: OptimizeConfig, args: argparse.Namespace) -> int:
 
     with show_progress(enabled=not (args.no_progress or args.quiet)) as progress:
         result = optimize(str(config.model), config.output, config=config, force=args.force, progress=progress)
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if args.format == "json":
-        print_json(result.to_json())
-    else:
-        print_result(result)
+    _print_warnings(result.warnings, args)
+    with result_is_complete(result.output):
+        if args.format == "json":
+            print_json(result.to_json())
+        else:
+            print_result(result)
     if args.time_passes:
         print_timings(result)
     if result.exit_code:
@@ -178,9 +243,15 @@ def run_optimize(config: OptimizeConfig, args: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _print_warnings(warnings: Iterable[str], args: argparse.Namespace) -> None:
+    if not args.quiet:  # They stand in the result as well.
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
 def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     """Open everything, write nothing, say what would be done."""
-    from raqu_onnx.optimization import plan
+    from raqu_onnx.planning import plan
 
     steps = plan(str(config.model), config.output, config=config, force=args.force)
     if args.format == "json":
@@ -189,13 +260,14 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     print(
         f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} in float"
     )
-    print(f"chip         {steps['chip']}: {steps['uniform_8_bit_crossbars']} crossbars at 8 bits, packed")
+    crossbars = counted(steps["uniform_8_bit_crossbars"], "crossbar")
+    print(f"chip         {steps['chip']}: {crossbars} at 8 bits, packed")
     print(f"calibration  {steps['calibration']}")
     print(f"selection    {steps['selection']}")
     print(f"evaluation   {steps['evaluation']}")
+    print(f"widths       {steps['widths']}")
     print(f"goal         {steps['goal']}")
     print(f"passes       {', '.join(steps['passes'])}")
     print(f"output       {shlex.quote(str(config.output))} (not written: dry run)")
-    for warning in steps["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+    _print_warnings(steps["warnings"], args)
     return 0

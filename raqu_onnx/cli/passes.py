@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from raqu_onnx.cli.options import add_common, console, print_json, start_logging
+from raqu_onnx.cli.options import add_common, start_logging
+from raqu_onnx.cli.printing import console, print_json
 
 __all__ = ["add_parser"]
 
@@ -38,9 +39,11 @@ def _run(args: argparse.Namespace) -> int:
         print_json({"schema_version": 1, "default_pipeline": list(DEFAULT_PIPELINE), "passes": rows})
         return 0
     out = console()
+    parts = list(PASSES)[: list(PASSES).index(DEFAULT_PIPELINE[0])]
     for row in rows:
         out.print(str(row["name"]), style="bold", end="")
-        out.print("" if row["default_pipeline"] else "  (part of tidy)")
+        where = "  (part of tidy)" if row["name"] in parts else f"  (with --{row['name']})"
+        out.print("" if row["default_pipeline"] else where)
         out.print(f"  {row['summary']}", soft_wrap=True)
         for key, value in pass_options(PASSES[str(row["name"])]).items():
             out.print(f"    {key} = {'none' if value is None else value}")

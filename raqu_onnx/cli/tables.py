@@ -5,24 +5,40 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raqu_onnx.cli.options import console, new_table
+from raqu_onnx.cli.printing import console, counted, print_table
+from raqu_onnx.results import describe_goal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from raqu_onnx.evaluation import Score
     from raqu_onnx.inspection import Inspection
-    from raqu_onnx.results import Figures, OptimizeResult
+    from raqu_onnx.results import DataSummary, Figures, OptimizeResult
 
-__all__ = ["print_inspection", "print_result", "print_timings"]
+__all__ = ["MATRIX_LEGEND", "SHARING_LEGEND", "print_inspection", "print_result", "print_timings"]
+
+MATRIX_LEGEND = "G groups of K rows (wordlines) by M kernels (output channels); MVMs: matrix-vector products a sample"
+SHARING_LEGEND = {
+    "exclusive": "exclusive sharing: a crossbar serves one node",
+    "diagonal": "diagonal sharing: nodes share a crossbar where neither rows nor columns are in common",
+    "time": "time sharing: nodes share a crossbar; those that share rows or columns take turns",
+}
+_METRICS = {
+    "top-1": "samples whose largest output is the label",
+    "agreement": "samples whose largest output is the float model's, which is fidelity and no accuracy",
+    "1 - noise/signal": "1 - power of the difference to float / power of the float outputs, no accuracy",
+}
+_KL_LEGEND = "KL: mean divergence of the class probabilities from float's, in nats; 0 is the same"
 
 
 def print_result(result: OptimizeResult) -> None:
-    """Print bits by node, the table of figures, what was gained and where the files are."""
+    """Print bits by node, the table of figures, the goal, what was gained and where the files are."""
     out = console()
     if result.bits:
-        table = new_table("node", "weight bits", "activation bits", right=(1, 2))
-        for name, (weight, activation) in result.bits.items():
-            table.add_row(name, f"{weight:g}", "float" if activation is None else str(activation))
-        out.print(table)
+        rows = [(name, f"{w:g}", "float" if a is None else str(a)) for name, (w, a) in result.bits.items()]
+        print_table(out, ("node", "weight bits", "activation bits"), rows, right=(1, 2))
+    for name, pattern in result.kept:
+        out.print(f"kept at {result.bits[name][0]:g} bits: {name} ({pattern})")
     for name, kind, reason in result.unmapped:
         out.print(f"left in float: {name} ({kind}): {reason}")
     if result.figures:
@@ -37,38 +53,46 @@ def print_result(result: OptimizeResult) -> None:
 def _print_figures(result: OptimizeResult) -> None:
     out = console()
     judged = any(item.evaluation is not None for item in result.figures)
-    scores = [_score(item, judged) for item in result.figures]
-    quality = _quality_name(next((score for score in scores if score is not None), None))
-    quality += ", test" if judged else ", selection"
-    headers = ("", "W", "A", "crossbars", "cells", "bits", quality, "KL")
-    table = new_table(*headers, right=tuple(range(1, len(headers))))
-    for item in result.figures:
-        style = "bold" if item.label == "ours" else None
-        table.add_row(*_figure_cells(item, _score(item, judged)), style=style)
-    out.print(table)
-    out.print("W, A: mean bits of weights and activations; cells, bits: share of the crossbars in use;")
-    out.print("unpacked: one node per crossbar")
-    for line in _summary(result):
+    scores = [item.evaluation if judged else item.selection for item in result.figures]
+    metric = next((score.metric for score in scores if score is not None), "quality")
+    headers = ("", "W", "A", "crossbars", "cells", "bits", metric, "KL")
+    rows = [_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)]
+    print_table(out, headers, rows, right=tuple(range(1, len(headers))), bold="ours")
+    for line in (*_legend(result, metric, judged=judged), "", *_goal_lines(result), *_summary(result, metric)):
         out.print(line)
 
 
-def _quality_name(score: Score | None) -> str:
-    """What `Score.quality` says of this model and data."""
-    if score is not None and score.top1 is not None:
-        return "top-1"
-    return "agreement" if score is None or score.agreement is not None else "1 - noise/signal"
+def _legend(result: OptimizeResult, metric: str, *, judged: bool) -> Iterator[str]:
+    yield "W, A: mean bits of weights and activations; cells, bits: share of the crossbars in use"
+    yield "unpacked: one node per crossbar; packed: as the chip shares crossbars"
+    if metric in _METRICS:
+        yield f"{metric}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
+        if metric != "1 - noise/signal":
+            yield _KL_LEGEND
 
 
-def _score(item: Figures, judged: bool) -> Score | None:
-    return item.evaluation if judged else item.selection
+def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
+    """Which samples the rows are of, and what they were used for before."""
+    selection, evaluation = (result.data.get(role) for role in ("selection", "evaluation"))
+    data = evaluation if judged else selection
+    if data is None:
+        return ""
+    others = {item.name for role, item in result.data.items() if item is not None and role != "evaluation"}
+    before = "on which widths were chosen"
+    if judged:
+        before = "the test data" if data.name in others else "the test data, which the search has not seen"
+    return f"; on {_named(data)}, {before}"
+
+
+def _named(data: DataSummary) -> str:
+    kind = "generated inputs" if data.synthetic else data.name
+    return kind if data.samples is None else f"{kind} ({counted(data.samples, 'sample')})"
 
 
 def _figure_cells(item: Figures, score: Score | None) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    quality = "-" if score is None else f"{100 * score.quality:.2f} %"
-    kl = "-" if score is None or score.kl is None else f"{score.kl:.4f}"
     return [
         item.label,
         number(item.weight_bits, ".3g"),
@@ -76,30 +100,52 @@ def _figure_cells(item: Figures, score: Score | None) -> list[str]:
         number(item.crossbars, "d"),
         number(item.cell_utilization, ".1%"),
         number(item.bit_utilization, ".1%"),
-        quality,
-        kl,
+        "-" if score is None else f"{100 * score.quality:.2f} %",
+        "-" if score is None or score.kl is None else f"{score.kl:.4f}",
     ]
 
 
-def _summary(result: OptimizeResult) -> list[str]:
+def _goal_lines(result: OptimizeResult) -> Iterator[str]:
+    """The goal, what it was judged on, what was reached, and whether that is enough."""
+    search = result.search
+    if search is None or not search.goal:
+        return
+    score, reference = search.chosen.score, search.reference
+    fixed = len({item.bits for item in search.evaluations}) == 1
+    yield f"goal: {describe_goal(search.goal, fixed=fixed, metric=score.metric)}"
+    data = result.data.get("selection")
+    drop = 100 * (reference.quality - score.quality)
+    side = "below" if drop >= 0 else "above"
+    yield (
+        f"reached: {counted(search.chosen.crossbars, 'crossbar')}, {abs(drop):.2f} points {side} float "
+        f"({100 * reference.quality:.2f} -> {100 * score.quality:.2f} % {score.metric}"
+        f"{'' if data is None else f' on {_named(data)}, the selection data'})"
+    )
+    yield f"the goal is {'met' if search.goal_met else 'NOT met'}"
+
+
+def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     """What quantization gained and what packing gained, kept apart."""
-    lines: list[str] = []
     ours = result.figures[-1]
     search = result.search
     if search is not None and ours.crossbars:
         rows = result.figures[1:-1]
         for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
-            lines.append(
+            yield (
                 f"against {packed.label.removesuffix(', packed')}: packing {unpacked.crossbars} -> {packed.crossbars} "
                 f"crossbars, bits per layer {packed.crossbars} -> {ours.crossbars}"
             )
-        if search.best_uniform is None:
-            lines.append("no uniform width serves the goal")
+        if search.goal and search.best_uniform is None:
+            yield "no uniform width serves the goal"
     if result.lower_bound is not None:
-        lines.append(f"lower bound for these bits: {result.lower_bound} crossbars")
+        yield f"lower bound for these bits: {counted(result.lower_bound, 'crossbar')}"
+    data = result.data.get("evaluation")
     for level, score in result.levels.items():
-        lines.append(f"emitted model, onnxruntime {level}: {100 * score.quality:.2f} %")
-    return lines
+        where = "" if data is None else f" on {data.name}"
+        yield f"emitted model, onnxruntime {level}: {100 * score.quality:.2f} % {metric}{where}"
+    if result.bits and all(activation is None for _, activation in result.bits.values()):
+        yield "float activations: for measurements only, no backend can run the manifest; at its default level"
+        yield "onnxruntime itself may compute a MatMul or Gemm with 8-bit inputs (MatMulNBits), so the two may differ"
 
 
 def print_timings(result: OptimizeResult) -> None:
@@ -111,42 +157,44 @@ def print_timings(result: OptimizeResult) -> None:
 def print_inspection(result: Inspection) -> None:
     """Print the tiling table and the totals."""
     out = console()
-    table = new_table("node", "op", "G", "K", "M", "MVMs", "crossbars", "cells used", right=(2, 3, 4, 5, 6, 7))
+    chip = result.chip
+    several = len(chip.crossbars) > 1
+    headers = ["node", "op", "G", "K", "M", "MVMs", *(["type"] if several else []), "crossbars", "cells used"]
+    rows = []
     for item in result.nodes:
         layout = item.node.layout
-        table.add_row(
-            item.node.name,
-            item.node.op_type,
-            str(layout.groups),
-            str(layout.rows),
-            str(layout.kernels),
-            "?" if item.node.mvms is None else str(item.node.mvms),
-            str(item.crossbars),
-            f"{item.utilization:.1%}",
-        )
-    out.print(table)
+        numbers = (layout.groups, layout.rows, layout.kernels, "?" if item.node.mvms is None else item.node.mvms)
+        kind = [item.crossbar_type] if several else []
+        cells = [*map(str, numbers), *kind, str(item.crossbars), f"{item.utilization:.1%}"]
+        rows.append([item.node.name, item.node.op_type, *cells])
+    print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
+    out.print(MATRIX_LEGEND)
     for node in result.unmapped:
         out.print(f"left in float: {node.name} ({node.op_type}): {node.reason}")
-    chip = result.chip
-    sizes = ", ".join(f"{kind.rows}x{kind.cols} of {kind.cell_bits}-bit cells" for kind in chip.crossbars)
-    out.print(
-        f"chip {chip.name}: {sizes}, {chip.encoding}, {chip.sharing} sharing; all weights {result.weight_bits} bits"
+    sizes = ", ".join(
+        f"{f'{kind.name} ' if several else ''}{kind.rows}x{kind.cols} of {kind.cell_bits}-bit cells"
+        for kind in chip.crossbars
     )
+    out.print(f"chip {chip.name}: {sizes}, {chip.encoding}; all weights {result.weight_bits} bits")
+    out.print(SHARING_LEGEND[chip.sharing])
     for label, placement in (("one node per crossbar", result.exclusive), ("packed", result.packed)):
+        taken = counted(placement.crossbars, "crossbar")
+        if several:
+            pairs = zip(chip.crossbars, placement.crossbars_by_type, strict=True)
+            taken += f" ({', '.join(f'{count} {kind.name}' for kind, count in pairs)})"
         out.print(
-            f"{label}: {placement.crossbars} crossbars, cells used {placement.cell_utilization:.1%}, "
-            f"bits used {placement.bit_utilization:.1%}"
+            f"{label}: {taken}, cells used {placement.cell_utilization:.1%}, bits used {placement.bit_utilization:.1%}"
         )
     out.print(f"lower bound: {_bound(result)}")
     if not result.fits:
         have = sum(kind.count or 0 for kind in chip.crossbars)
-        out.print(f"the chip has {have} crossbars: at this width the model does not fit")
+        out.print(f"the chip has {counted(have, 'crossbar')}: at this width the model does not fit")
 
 
 def _bound(result: Inspection) -> str:
     from raqu_onnx.placement import DoesNotFitError
 
     try:
-        return f"{result.packed.lower_bound} crossbars"
+        return counted(result.packed.lower_bound, "crossbar")
     except DoesNotFitError as error:
         return str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
@@ -28,9 +28,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder that optimize wrote")
     parser.add_argument(
-        "--data", metavar="DATA", help="evaluation data (.npz, .npy, folder of pictures, file.py:function)"
+        "--data",
+        metavar="DATA",
+        help="evaluation data: .npz, .npy, file.py:function, or a folder of pictures, which are resized so that the "
+        "shorter side fits the model's input, and cropped at the centre",
     )
-    parser.add_argument("--reference", metavar="MODEL", help="the float model, to report fidelity to it")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="the float model that was optimized, to report fidelity to it"
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: all)")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only what is wrong")
@@ -49,45 +54,42 @@ def run(args: argparse.Namespace) -> int:
 
     report = validate(args.out_dir, args.data, reference=args.reference, threads=args.threads)
     if args.format == "json":
-        import json
+        from raqu_onnx.cli.printing import print_json
 
-        print(json.dumps({"schema_version": _JSON_VERSION, **_finite(report.to_json())}, indent=1, allow_nan=False))
+        print_json({"schema_version": _JSON_VERSION, **report.to_json()})
     else:
         _print(report, quiet=args.quiet)
     return 0 if report.passed else 1
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: an SQNR without noise becomes null."""
-    import math
-
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print(report: ValidationReport, *, quiet: bool) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    from raqu_onnx.cli.printing import console, counted
+
+    out = console()
     for check in report.checks:
         if quiet and check.passed is not False:
             continue
         style = {True: "green", False: "bold red", None: "yellow"}[check.passed]
-        console.print(Text(f"{_SIGNS[check.passed]:<5}", style=style), f"{check.name:<24}", check.detail, sep="")
+        sign = Text(f"{_SIGNS[check.passed]:<5}", style=style)
+        out.print(sign, f"{check.name:<24}", check.detail, sep="", soft_wrap=True)
     if quiet and report.passed:
         return
     for level, score in report.scores.items():
-        console.print(f"{level}: {_score(score)}")
+        out.print(f"{level}: {_score(score)}", soft_wrap=True)
+    if any(score.kl is not None for score in report.scores.values()):
+        out.print("KL: mean divergence of the class probabilities from float's, in nats; 0 is the same")
+    for warning in report.warnings:
+        out.print(Text("warning: ", style="yellow"), warning, sep="", soft_wrap=True)
     failed = len(report.failures)
-    console.print(f"{failed} problems found" if failed else f"all {len(report.checks)} checks passed")
+    out.print(f"{counted(failed, 'problem')} found" if failed else f"all {len(report.checks)} checks passed")
 
 
 def _score(score: Score) -> str:
-    parts = [f"{score.samples} samples"]
+    from raqu_onnx.cli.printing import counted
+
+    parts = [counted(score.samples, "sample")]
     if score.top1 is not None:
         parts.append(f"accuracy {score.top1:.2%}")
     if score.agreement is not None:

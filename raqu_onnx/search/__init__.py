@@ -1,6 +1,6 @@
 """Search for the widths of every node: baselines, sensitivity, integer program, Bayesian trust region."""
 
-from raqu_onnx.search.driver import search
+from raqu_onnx.search.driver import check_room, search
 from raqu_onnx.search.problem import Problem, ProgressCallback, no_progress
 from raqu_onnx.search.result import (
     Bits,
@@ -22,6 +22,7 @@ __all__ = [
     "SearchResult",
     "SearchSettings",
     "UniformBaseline",
+    "check_room",
     "no_progress",
     "pareto_front",
     "points_below",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.native_output import no_native_output
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ def solve_integer_program(problem: Problem, loss: NDArray[np.float64], crossbars
 
     Args:
         problem: Costs.
-        loss: Additive loss of each node at each width, shape (nodes, widths).
+        loss: Additive loss of each node at each width, shape (nodes, 9).
         crossbars: The budget.
     """
-    low, high = problem.settings.weight_bits
-    widths = range(low, high + 1)
+    limits = [problem.settings.weight_limits(node) for node in range(len(problem.nodes))]
+    widths = range(min(low for low, _ in limits), max(high for _, high in limits) + 1)
+    cost = problem.cell_cost.copy()
+    for node, (low, high) in enumerate(limits):
+        cost[node, :low] = cost[node, high + 1 : MAX_BITS + 1] = np.inf
     budget = _linear_budget(problem, crossbars)
     for _ in range(12):
-        weights = cheapest_loss(loss, problem.cell_cost, widths, budget)
+        weights = cheapest_loss(loss, cost, widths, budget)
         if weights is None:
             return None
         count = problem.crossbars(weights)
@@ -84,16 +88,23 @@ def solve_integer_program(problem: Problem, loss: NDArray[np.float64], crossbars
 def _linear_budget(problem: Problem, crossbars: int) -> float:
     if problem.chip.sharing == "exclusive":
         return float(crossbars)
-    return float(crossbars) * max(kind.rows * kind.cols for kind in problem.chip.crossbars)
+    cells, left = 0, crossbars
+    for kind in sorted(problem.chip.crossbars, key=lambda kind: -kind.rows * kind.cols):
+        taken = left if kind.count is None else min(left, kind.count)
+        cells += taken * kind.rows * kind.cols
+        left -= taken
+    return float(cells)
 
 
 def useful_widths(problem: Problem) -> list[list[int]]:
     """Widths of each node, rising, without those that cost as much as a wider one (3 bits in 2-bit cells)."""
-    low, high = problem.settings.weight_bits
-    return [
-        [b for b in range(low, high + 1) if np.isfinite(cost[b]) and (b == high or not cost[b] >= cost[b + 1])]
-        for cost in problem.cell_cost
-    ]
+    choices: list[list[int]] = []
+    for node, cost in enumerate(problem.cell_cost):
+        low, high = problem.settings.weight_limits(node)
+        choices.append(
+            [b for b in range(low, high + 1) if np.isfinite(cost[b]) and (b == high or not cost[b] >= cost[b + 1])]
+        )
+    return choices
 
 
 def fit_to_budget(

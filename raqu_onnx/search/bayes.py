@@ -89,10 +89,10 @@ class TrustRegion:
 
     def _limits(self) -> list[tuple[int, int]]:
         settings = self.problem.settings
-        nodes = len(self.problem.nodes)
-        limits = [settings.weight_bits] * nodes
-        if self._searches_activations and settings.activation_bits is not None:
-            limits = limits + [settings.activation_bits] * nodes
+        nodes = range(len(self.problem.nodes))
+        limits = [settings.weight_limits(node) for node in nodes]
+        if self._searches_activations:
+            limits += [bits for node in nodes if (bits := settings.activation_limits(node)) is not None]
         return limits
 
     def _rebuild(self) -> None:

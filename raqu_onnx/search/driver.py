@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
 from raqu_onnx.search.bayes import TrustRegion
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raqu_onnx.evaluation import Score
+    from raqu_onnx.hardware import Chip
     from raqu_onnx.search.problem import Problem
+    from raqu_onnx.search.result import SearchSettings
 
-__all__ = ["search"]
+__all__ = ["check_room", "search"]
 
 # Evaluations spent on the loss once no smaller number of crossbars serves the goal.
 _REFINEMENTS = 8
@@ -39,9 +42,9 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         DoesNotFitError: Even the smallest widths do not fit the chip or the crossbars allowed.
     """
     _require_room(problem, goal)
-    baselines = _uniform_baselines(problem)
+    baselines = _uniform_baselines(problem, goal)
     if problem.settings.is_uniform:
-        chosen = problem.evaluate(Bits.uniform(len(problem.nodes), *problem.settings.widest), "uniform")
+        chosen = problem.evaluate(problem.settings.bits(len(problem.nodes), *problem.settings.widest), "uniform")
     else:
         sensitivity = measure_sensitivity(problem)
         if goal.max_crossbars is not None:
@@ -52,31 +55,39 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
     return SearchResult(
         goal=goal,
         chosen=chosen,
-        goal_met=_meets(problem, goal, chosen.score, chosen.crossbars),
+        goal_met=_meets(problem, goal, chosen.score, chosen.crossbars) if goal else None,
         reference=problem.reference,
         baselines=tuple(baselines),
-        best_uniform=_best_uniform(problem, goal, baselines),
+        best_uniform=_best_uniform(problem, goal, baselines) if goal else None,
         front=pareto_front(problem.evaluations),
         evaluations=tuple(problem.evaluations),
         nodes=problem.names,
     )
 
 
-def _uniform_baselines(problem: Problem) -> list[UniformBaseline]:
-    """Uniform widths from 8 down to the smallest one allowed that save something; those that fit are candidates."""
-    activation = problem.settings.widest[1]
+def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
+    """Uniform widths from 8 down to the smallest one allowed that save something; those that fit are candidates.
+
+    Where widths are fixed and nothing is asked for, 8 bits are all that the result is held against.
+    """
+    settings = problem.settings
+    activation = settings.widest[1]
     nodes = len(problem.nodes)
-    lowest = problem.settings.weight_bits[0]
-    baselines = []
-    for step, width in enumerate(range(8, lowest - 1, -1)):
-        problem.progress("judging uniform widths", step, 9 - lowest)
-        if not np.isfinite(problem.cell_cost[:, width]).all():
+    lowest = settings.weight_bits[0]
+    widths = range(MAX_BITS, lowest - 1, -1) if goal or not settings.is_uniform else (MAX_BITS,)
+    baselines: list[UniformBaseline] = []
+    for step, width in enumerate(widths):
+        problem.progress("judging uniform widths", step, len(widths))
+        bits = settings.bits(nodes, width, activation)
+        if not np.isfinite(problem.cost(bits.weights)):
             # A kernel of this width is wider than every crossbar.
             continue
-        if lowest < width < 8 and np.array_equal(problem.cell_cost[:, width], problem.cell_cost[:, width + 1]):
+        if baselines and bits == baselines[-1].bits:
+            # Every node is kept at 8 bits.
+            continue
+        if lowest < width < MAX_BITS and _costs_as_much(problem, bits, settings.bits(nodes, width + 1, activation)):
             # Nobody would take 3 bits where 4 take the same cells.
             continue
-        bits = Bits.uniform(nodes, width, activation)
         packed = problem.crossbars(bits.weights)
         if packed is not None and _in_range(problem, width):
             problem.evaluate(bits, f"uniform {width} bits")
@@ -84,13 +95,20 @@ def _uniform_baselines(problem: Problem) -> list[UniformBaseline]:
             UniformBaseline(
                 weight_bits=width,
                 activation_bits=activation,
+                bits=bits,
                 exclusive_crossbars=problem.exclusive_crossbars(bits.weights),
                 packed_crossbars=problem.packed_crossbars(bits.weights),
                 score=problem.score(bits),
             )
         )
-    problem.progress("judging uniform widths", 9 - lowest, 9 - lowest)
+    problem.progress("judging uniform widths", len(widths), len(widths))
     return baselines
+
+
+def _costs_as_much(problem: Problem, bits: Bits, wider: Bits) -> bool:
+    """Every node takes at one width what it takes at another."""
+    rows = np.arange(len(problem.nodes))
+    return np.array_equal(problem.cell_cost[rows, list(bits.weights)], problem.cell_cost[rows, list(wider.weights)])
 
 
 def _in_range(problem: Problem, width: int) -> bool:
@@ -99,18 +117,51 @@ def _in_range(problem: Problem, width: int) -> bool:
 
 
 def _require_room(problem: Problem, goal: Goal) -> None:
-    smallest = (problem.settings.weight_bits[0],) * len(problem.nodes)
+    smallest = _lowest(problem)
     need = problem.crossbars(smallest)
-    if need is None:
+    check_room(
+        problem.chip,
+        goal,
+        problem.settings,
+        need=problem.packed_crossbars(smallest) if need is None else need,
+        fits=need is not None,
+    )
+
+
+def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool) -> None:
+    """Make sure that the smallest widths fit: no other widths could.
+
+    Args:
+        chip: The chip.
+        goal: May name a budget of crossbars.
+        settings: The smallest width, and the nodes that are kept.
+        need: Crossbars that the model takes at the smallest widths.
+        fits: That is within what the chip has.
+
+    Raises:
+        DoesNotFitError: They do not fit the chip or the crossbars allowed.
+    """
+    lowest = settings.weight_bits[0]
+    kept = f"{len(settings.kept)} node{'s' if len(settings.kept) > 1 else ''} kept at {settings.kept_weight_bits}"
+    smallest = f"{lowest} bits" + (f" with {kept}" if settings.kept else "")
+    ways = [f"a smaller width than {lowest}"] if lowest > MIN_BITS else []
+    ways += [f"fewer nodes kept at {settings.kept_weight_bits} bits"] if settings.kept else []
+    also = f", or allow {' or '.join(ways)}" if ways else ""
+    if not fits:
         raise DoesNotFitError(
-            f"chip {problem.chip.name} cannot hold the model even at {smallest[0]} bits per weight, which takes "
-            f"{problem.packed_crossbars(smallest)} crossbars; use a larger chip"
+            f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars; use "
+            f"a larger chip{also}"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(
-            f"{goal.max_crossbars} crossbars are too few: the smallest width, {smallest[0]} bits, takes {need}; "
-            "raise the number of crossbars allowed or lower the smallest width"
+            f"{goal.max_crossbars} crossbars are too few: the smallest widths, {smallest}, take {need}; allow at least "
+            f"{need} crossbars{also}"
         )
+
+
+def _lowest(problem: Problem) -> tuple[int, ...]:
+    """The smallest weight width of every node."""
+    return problem.settings.bits(len(problem.nodes), problem.settings.weight_bits[0], None).weights
 
 
 def _meets(problem: Problem, goal: Goal, score: Score, crossbars: int) -> bool:
@@ -125,7 +176,7 @@ def _best_uniform(problem: Problem, goal: Goal, baselines: Sequence[UniformBasel
     With both a budget and a drop, a width that stays in the budget but not in the drop is no answer.
     """
     # Counts of baselines that the chip cannot hold are for comparison only.
-    held = [b for b in baselines if problem.crossbars((b.weight_bits,) * len(problem.nodes)) is not None]
+    held = [b for b in baselines if problem.crossbars(b.bits.weights) is not None]
     if goal.max_crossbars is not None:
         fitting = [b for b in held if _meets(problem, goal, b.score, b.packed_crossbars)]
         return min(fitting, key=lambda b: b.score.loss, default=None)
@@ -137,14 +188,13 @@ def _start(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> Evalua
     """The integer program's answer for a budget, filled up, judged."""
     weights = solve_integer_program(problem, sensitivity.weights, crossbars)
     if weights is None:
-        lowest = (problem.settings.weight_bits[0],) * len(problem.nodes)
-        weights = fit_to_budget(problem, lowest, sensitivity.weights, crossbars)
+        weights = fit_to_budget(problem, _lowest(problem), sensitivity.weights, crossbars)
     else:
         weights = fit_to_budget(problem, weights, sensitivity.weights, crossbars)
     if weights is None:
         return None
     activation = problem.settings.widest[1]
-    activations = None if activation is None else (activation,) * len(weights)
+    activations = None if activation is None else problem.settings.activations(len(weights), activation)
     return problem.evaluate(Bits(weights, activations), "integer program")
 
 
@@ -165,7 +215,7 @@ def _best_within(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> 
 def _fewest_crossbars(problem: Problem, sensitivity: Sensitivity, allowed: float) -> Evaluation:
     """Bisect over budgets with the integer program, then let the Bayesian stage push one crossbar further at a time."""
     goal = Goal(None, allowed)
-    low = problem.crossbars((problem.settings.weight_bits[0],) * len(problem.nodes)) or 1
+    low = problem.crossbars(_lowest(problem)) or 1
     high = max(e.crossbars for e in problem.evaluations)
     best = min(
         (e for e in problem.evaluations if _meets(problem, goal, e.score, 0)),
@@ -243,7 +293,7 @@ def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, 
         goal.max_accuracy_drop if goal.max_accuracy_drop is not None else points_below(problem.reference, chosen.score)
     )
     best = chosen
-    steps = _activation_steps(problem, sensitivity, chosen.bits.activations, widths[0])
+    steps = _activation_steps(problem, sensitivity, chosen.bits.activations)
     taken, reach = 0, len(steps)
     while taken < reach:
         middle = (taken + reach + 1) // 2
@@ -257,17 +307,15 @@ def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, 
     return best
 
 
-def _activation_steps(
-    problem: Problem, sensitivity: Sensitivity, start: tuple[int, ...], lowest: int
-) -> list[tuple[int, ...]]:
+def _activation_steps(problem: Problem, sensitivity: Sensitivity, start: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Ever narrower activation widths: each step takes the bit whose loss per MVM saved is least."""
     table = sensitivity.activations
     if table is None:
         return []
     mvms = [float(node.mvms or 1) for node in problem.nodes]
+    lowest = [(problem.settings.activation_limits(i) or (width,))[0] for i, width in enumerate(start)]
     current, steps = list(start), []
-    while any(width > lowest for width in current):
-        movable = [i for i, width in enumerate(current) if width > lowest]
+    while movable := [i for i, width in enumerate(current) if width > lowest[i]]:
         best = min(movable, key=lambda i: (float(table[i, current[i] - 1] - table[i, current[i]]) / mvms[i], i))
         current[best] -= 1
         steps.append(tuple(current))

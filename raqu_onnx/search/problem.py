@@ -9,31 +9,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raqu_onnx.annotations import NodeBits
+from raqu_onnx.data_base import Batch
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ChipError
-from raqu_onnx.evaluation import Score, collect, make_session, score
-from raqu_onnx.model_io import to_proto
+from raqu_onnx.evaluation import Reference, Score, make_session
 from raqu_onnx.placement import DoesNotFitError, count_crossbars, geometries, place
 from raqu_onnx.search.result import Bits, Evaluation
+from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
+from raqu_onnx.spool import Spool, SpoolError
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from raqu_onnx.data import Batch, Dataset
-    from raqu_onnx.evaluation import Outputs
+    from raqu_onnx.data import Dataset
     from raqu_onnx.hardware import Chip, Sharing
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search.result import SearchSettings
 
 __all__ = ["Problem", "ProgressCallback", "no_progress"]
-
-_MOST_BYTES_KEPT = 1 << 30
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done and how many there are."""
@@ -71,11 +70,10 @@ class Problem:
         self.nodes: list[MappedNode] = [source.node for source in quantizer.sources.values()]
         self.names = tuple(node.name for node in self.nodes)
         self.evaluations: list[Evaluation] = []
-        self._selection = selection
-        self._kept = _kept_in_memory(selection, settings.batch_size)
-        reference = make_session(to_proto(model).SerializeToString(), threads=settings.threads)
-        self._reference = collect(reference, selection, settings.batch_size)
-        self.reference = score(self._reference, self._reference)
+        self._batches = _Batches(selection, settings.batch_size)
+        session = make_session(session_model(model), threads=settings.threads)
+        self._reference = Reference(session, selection, settings.batch_size, settings.task)
+        self.reference = self._reference.score
         self._simulator = Simulator(
             model, self.nodes, threads=settings.threads, float_activations=settings.activation_bits is None
         )
@@ -121,15 +119,16 @@ class Problem:
 
     def _linear_costs(self) -> NDArray[np.float64]:
         """Cost of each node at each width, which sums to the whole: crossbars if exclusive, else cells."""
-        low, high = self.settings.weight_bits
+        low = self.settings.weight_bits[0]
         costs = np.full((len(self.nodes), MAX_BITS + 1), np.inf)
         for node in range(len(self.nodes)):
             # Uniform baselines go beyond the range that is searched.
             for bits in range(low, MAX_BITS + 1):
                 costs[node, bits] = self._linear_cost(self.matrix(node, bits))
-        if not np.isfinite(costs[:, low : high + 1]).any(1).all():
-            node = int(np.flatnonzero(~np.isfinite(costs[:, low : high + 1]).any(1))[0])
-            raise ChipError(f"{self.names[node]}: one kernel is wider than every crossbar of chip {self.chip.name}")
+        for node, cost in enumerate(costs):
+            first, last = self.settings.weight_limits(node)
+            if not np.isfinite(cost[first : last + 1]).any():
+                raise ChipError(f"{self.names[node]}: one kernel is wider than every crossbar of chip {self.chip.name}")
         return costs
 
     def _linear_cost(self, matrix: Matrix) -> float:
@@ -172,28 +171,22 @@ class Problem:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self.quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
-        outputs = self._simulator.run(quantized, self._first_batches())
-        return replace(score(outputs, self._prefix(outputs)), top1=None).loss
+        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()))
+        return replace(found, top1=None).loss
 
     def _first_batches(self) -> Iterator[Batch]:
         """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""
         seen = 0
-        for batch in self._data():
+        for batch in self._batches:
             yield batch
             seen += batch.size
             if seen >= self.settings.sensitivity_samples:
                 return
 
-    def _prefix(self, outputs: Outputs) -> Outputs:
-        """What the float model said on the same batches; an output need not have one row per sample."""
-        whole = zip(self._reference.outputs, outputs.outputs, strict=True)
-        return replace(self._reference, outputs=tuple(array[: len(part)] for array, part in whole))
-
     def _judge(self, bits: Bits) -> Score:
         """Quantize as the emitted model would be, and run it."""
-        return score(
-            self._simulator.run(self.quantizer.quantize_model(self._widths(bits)), self._data()), self._reference
-        )
+        quantized = self.quantizer.quantize_model(self._widths(bits))
+        return self._reference.judge(self._simulator.stream(quantized, self._batches))
 
     def _widths(self, bits: Bits) -> dict[str, NodeBits]:
         activations = bits.activations or (None,) * len(self.names)
@@ -202,16 +195,31 @@ class Problem:
             for name, weight, activation in zip(self.names, bits.weights, activations, strict=True)
         }
 
-    def _data(self) -> Iterable[Batch]:
-        return self._kept or self._selection.batches(self.settings.batch_size)
 
+class _Batches:
+    """The batches of a dataset, which every candidate reads again: decoded once, with bounded memory."""
 
-def _kept_in_memory(dataset: Dataset, batch_size: int) -> list[Batch] | None:
-    """All batches of a small dataset, since every candidate reads them again; None for a large one."""
-    batches, held = [], 0
-    for batch in dataset.batches(batch_size):
-        batches.append(batch)
-        held += sum(array.nbytes for array in batch.feeds.values())
-        if held > _MOST_BYTES_KEPT:
-            return None
-    return batches
+    def __init__(self, dataset: Dataset, batch_size: int) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._labels: list[NDArray[np.int64] | None] = []
+        self._names: list[str] = []
+        self._spool: Spool | None = None
+        spool = Spool()
+        try:
+            for batch in dataset.batches(batch_size):
+                self._names = list(batch.feeds)
+                self._labels.append(batch.labels)
+                # Copies: a source may fill the same arrays again.
+                spool.append([np.array(array) for array in batch.feeds.values()])
+        except SpoolError:
+            # No room for a copy: the source is read each time.
+            return
+        self._spool = spool
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._spool is None:
+            yield from self._dataset.batches(self._batch_size)
+            return
+        for labels, arrays in zip(self._labels, self._spool, strict=True):
+            yield Batch(dict(zip(self._names, arrays, strict=True)), labels)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raqu_onnx.encodings import MAX_BITS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from raqu_onnx.evaluation import Score
+    from raqu_onnx.evaluation import Score, Task
 
 __all__ = ["Bits", "Evaluation", "Goal", "SearchResult", "SearchSettings", "UniformBaseline", "pareto_front"]
 
@@ -36,7 +38,7 @@ class Goal:
     """What the result must satisfy.
 
     With `max_crossbars` the loss is minimized inside that many crossbars; else the crossbars are minimized inside
-    the allowed drop.
+    the allowed drop. With neither there is no goal, and nothing to miss: widths are fixed and the result is what it is.
 
     Attributes:
         max_crossbars: Most crossbars that may be used.
@@ -46,6 +48,10 @@ class Goal:
 
     max_crossbars: int | None = None
     max_accuracy_drop: float | None = 0.5
+
+    def __bool__(self) -> bool:
+        """Whether anything is asked for."""
+        return self.max_crossbars is not None or self.max_accuracy_drop is not None
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,25 @@ class SearchSettings:
         batch_size: Samples per run.
         seed: Seed of everything random.
         threads: Threads for onnxruntime, None for all.
+        task: What the model's outputs are, which decides how candidates are judged.
+        kept: Positions of the nodes that keep the widest weights and 8-bit activations whatever the others get.
+        kept_weight_bits: Width of their weights.
+        inputs: Positions of the nodes that read the model's own inputs.
+        input_bits: Width of those inputs.
     """
 
     weight_bits: tuple[int, int] = (2, 8)
     activation_bits: tuple[int, int] | None = (8, 8)
-    evaluations: int = 32
+    evaluations: int = 24
     sensitivity_samples: int = 256
-    batch_size: int = 128
+    batch_size: int = 64
     seed: int = 0
     threads: int | None = None
+    task: Task = "auto"
+    kept: frozenset[int] = frozenset()
+    kept_weight_bits: int = MAX_BITS
+    inputs: frozenset[int] = frozenset()
+    input_bits: int = MAX_BITS
 
     @property
     def widest(self) -> tuple[int, int | None]:
@@ -80,6 +96,38 @@ class SearchSettings:
         """There is nothing to search."""
         fixed = self.activation_bits is None or self.activation_bits[0] == self.activation_bits[1]
         return fixed and self.weight_bits[0] == self.weight_bits[1]
+
+    def bits(self, nodes: int, weight: int, activation: int | None) -> Bits:
+        """The same widths everywhere but at the nodes that are kept, and the model's own inputs.
+
+        Args:
+            nodes: Number of mapped nodes.
+            weight: Weight bits.
+            activation: Activation bits, None for float, which kept nodes then have too.
+        """
+        return Bits(
+            tuple(self.kept_weight_bits if node in self.kept else weight for node in range(nodes)),
+            None if activation is None else self.activations(nodes, activation),
+        )
+
+    def activations(self, nodes: int, activation: int) -> tuple[int, ...]:
+        """Activation bits of every node where all but the kept ones and the model's own inputs have one width."""
+        return tuple(self._fixed_activation(node) or activation for node in range(nodes))
+
+    def _fixed_activation(self, node: int) -> int | None:
+        """The activation width that no search changes, None where there is none."""
+        if node in self.kept:
+            return MAX_BITS
+        return self.input_bits if node in self.inputs else None
+
+    def weight_limits(self, node: int) -> tuple[int, int]:
+        """Smallest and largest weight width of one node."""
+        return (self.kept_weight_bits, self.kept_weight_bits) if node in self.kept else self.weight_bits
+
+    def activation_limits(self, node: int) -> tuple[int, int] | None:
+        """Smallest and largest activation width of one node, None where activations stay float."""
+        fixed = self._fixed_activation(node)
+        return self.activation_bits if fixed is None or self.activation_bits is None else (fixed, fixed)
 
 
 @dataclass(frozen=True)
@@ -101,11 +149,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class UniformBaseline:
-    """One width for the whole model.
+    """One width for the whole model, but for nodes that are kept at 8 bits.
 
     Attributes:
         weight_bits: The width.
         activation_bits: Width of activations, None for float.
+        bits: The widths of all nodes.
         exclusive_crossbars: Crossbars with one node in each.
         packed_crossbars: Crossbars packed as the chip allows.
         score: Score on the selection set.
@@ -113,6 +162,7 @@ class UniformBaseline:
 
     weight_bits: int
     activation_bits: int | None
+    bits: Bits
     exclusive_crossbars: int
     packed_crossbars: int
     score: Score
@@ -125,10 +175,10 @@ class SearchResult:
     Attributes:
         goal: What was asked for.
         chosen: The answer.
-        goal_met: Whether it satisfies the goal on the selection set.
+        goal_met: Whether it satisfies the goal on the selection set, None where there is no goal.
         reference: Score of the float model on the selection set.
         baselines: Uniform widths, by falling width.
-        best_uniform: The uniform width that serves the same goal best, None when none satisfies it.
+        best_uniform: The uniform width that serves the same goal best, None when none satisfies it, or without a goal.
         front: Evaluations that no other beats in both crossbars and loss, by rising crossbars.
         evaluations: All of them in the order in which they were made.
         nodes: Names of the mapped nodes, in the order of `Bits`.
@@ -136,7 +186,7 @@ class SearchResult:
 
     goal: Goal
     chosen: Evaluation
-    goal_met: bool
+    goal_met: bool | None
     reference: Score
     baselines: tuple[UniformBaseline, ...]
     best_uniform: UniformBaseline | None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.search.allocation import useful_widths
 from raqu_onnx.search.result import Bits
 
@@ -23,7 +24,7 @@ class Sensitivity:
     """Loss that each node adds at each width, all others at the widest.
 
     Attributes:
-        weights: Shape (nodes, widest + 1); a width that was not measured has the loss of the next wider one that was.
+        weights: Shape (nodes, 9); a width that was not measured has the loss of the next wider one that was.
         activations: Likewise, None where activations stay float.
     """
 
@@ -40,12 +41,13 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
     settings = problem.settings
     nodes = len(problem.nodes)
     weight, activation = settings.widest
-    widest = Bits.uniform(nodes, weight, activation)
+    widest = settings.bits(nodes, weight, activation)
     jobs = [(node, b, True) for node, widths in enumerate(useful_widths(problem)) for b in widths if b < weight]
     if settings.activation_bits is not None and activation is not None:
-        jobs += [(node, b, False) for node in range(nodes) for b in range(settings.activation_bits[0], activation)]
-    weights = np.zeros((nodes, weight + 1))
-    activations = None if activation is None else np.zeros((nodes, activation + 1))
+        free = [node for node in range(nodes) if node not in settings.kept]
+        jobs += [(node, b, False) for node in free for b in range(settings.activation_bits[0], activation)]
+    weights = np.zeros((nodes, MAX_BITS + 1))
+    activations = None if activation is None else np.zeros((nodes, MAX_BITS + 1))
     base = problem.quick_fidelity(widest)
     for done, (node, bits, is_weight) in enumerate(jobs):
         problem.progress("measuring sensitivity", done, len(jobs))

@@ -1,0 +1,132 @@
+"""How results reach stdout: as text that never folds a table, or as one JSON object."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from raqu_onnx.errors import RaquError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+__all__ = ["StdoutError", "console", "counted", "print_json", "print_table", "result_is_complete", "shortened"]
+
+# A pipe has no width: whoever reads it wants whole names and one line for each statement.
+_PIPE_COLUMNS = 10_000
+_GAP = 2
+# A name is never shortened below this; a table that is still too wide is left to the terminal.
+_LEAST_NAME = 12
+
+
+class StdoutError(RaquError):
+    """The work is done, but what it gave cannot be printed."""
+
+    exit_code: ClassVar[int] = 1
+
+
+@contextmanager
+def result_is_complete(folder: Path | None) -> Iterator[None]:
+    """Print inside this block what is already written to `folder`.
+
+    Raises:
+        StdoutError: Stdout cannot be written, such as on a full disk; says that the files are complete.
+        BrokenPipeError: The reader of a pipe has left.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = "" if folder is None else f"; the result in {folder} is complete"
+        raise StdoutError(f"standard output: {error.strerror or error}{where}") from error
+
+
+def console(*, pipe_columns: int | None = _PIPE_COLUMNS) -> Console:
+    """Where results are printed.
+
+    Args:
+        pipe_columns: Width where stdout is no terminal; None for rich's own choice (`COLUMNS`, else 80).
+    """
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            """Raise the error that is being handled again: the command line knows the exit code."""
+            raise
+
+    # Names of nodes are not markup.
+    width = None if sys.stdout.isatty() else pipe_columns
+    return Plain(highlight=False, markup=False, emoji=False, width=width)
+
+
+def print_table(
+    out: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), bold: str = ""
+) -> None:
+    """Print a table of which no cell is ever folded.
+
+    Where the terminal is too narrow, names in the first column lose their middle.
+
+    Args:
+        out: Where to.
+        headers: One per column.
+        rows: Texts, one per column.
+        right: Columns that are aligned to the right.
+        bold: First cell of the rows that stand out.
+    """
+    from rich.cells import cell_len
+
+    unicode = out.encoding.startswith("utf")
+    widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
+    excess = sum(widths) + _GAP * (len(widths) - 1) - out.width
+    widths[0] = min(widths[0], max(widths[0] - excess, _LEAST_NAME))
+
+    def line(cells: Sequence[str]) -> str:
+        padded = []
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            pad = " " * (width - cell_len(cell))
+            padded.append(pad + cell if index in right else cell + pad)
+        return (" " * _GAP).join(padded).rstrip()
+
+    out.print()
+    out.print(line(headers), style="bold", soft_wrap=True)
+    out.print(("─" if unicode else "-") * (sum(widths) + _GAP * (len(widths) - 1)), soft_wrap=True)
+    names = shortened([row[0] for row in rows], widths[0], "…" if unicode else "...")
+    for name, (first, *others) in zip(names, rows, strict=True):
+        out.print(line([name, *others]), style="bold" if bold and first == bold else None, soft_wrap=True)
+
+
+def shortened(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
+    """Names without their middle where they are longer than `width`.
+
+    Both ends stay. How much of each is chosen for all names together, so that as many as possible still differ.
+    """
+    if all(len(name) <= width for name in names):
+        return list(names)
+    kept = max(width - len(mark), 2)
+
+    def cut(head: int) -> list[str]:
+        return [name if len(name) <= width else name[:head] + mark + name[head - kept :] for name in names]
+
+    # The even split first, of those that tell apart as many names.
+    heads = sorted(range(1, kept), key=lambda head: (abs(2 * head - kept), -head))
+    return cut(max(heads, key=lambda head: len(set(cut(head)))))
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as `1 crossbar` and `2 crossbars`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object; what JSON does not know, infinity and NaN, becomes null."""
+    import json
+
+    from raqu_onnx.json_values import finite
+
+    print(json.dumps(finite(content), indent=1, allow_nan=False))

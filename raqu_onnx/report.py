@@ -1,0 +1,146 @@
+"""`report.json`: the figures of a run in a typed form, from which its JSON Schema is generated.
+
+What `optimize --format json` prints is the same with two keys more, `output` and `seconds`, which differ from run to
+run where the report must not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "VERSION",
+    "DataReport",
+    "FiguresReport",
+    "FrontReport",
+    "GoalReport",
+    "KeptReport",
+    "Report",
+    "ScoreReport",
+    "UnmappedReport",
+    "WidthsReport",
+    "report_schema",
+]
+
+VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GoalReport(_Part):
+    """What was asked for."""
+
+    max_crossbars: int | None = Field(description="most crossbars that may be used")
+    max_accuracy_drop: float | None = Field(
+        description="most points (hundredths) below float: of top-1 accuracy; without labels of agreement with float; "
+        "without class scores of noise power over signal power"
+    )
+
+
+class ScoreReport(_Part):
+    """How good a model is on a dataset."""
+
+    samples: int = Field(description="samples scored")
+    top1: float | None = Field(description="share of samples whose largest output is the label, null without labels")
+    agreement: float | None = Field(description="share of samples whose largest output is the float model's")
+    kl: float | None = Field(
+        description="mean KL divergence from the float model's class probabilities to this model's, in nats, from 0; "
+        "null where it is infinite or there are no class scores"
+    )
+    sqnr_db: float | None = Field(
+        description="power of the float model's outputs over power of the difference, in dB; null where it is infinite"
+    )
+
+
+class DataReport(_Part):
+    """Data that a run used."""
+
+    name: str = Field(description="file name, without its folder")
+    samples: int | None = Field(description="samples, null for a stream that was not read to its end")
+    labels: bool = Field(description="it has labels")
+    synthetic: bool = Field(description="it is generated, not real")
+
+
+class FiguresReport(_Part):
+    """One line of the table of results."""
+
+    label: str = Field(description="`float`, a baseline, or `ours`")
+    weight_bits: float | None = Field(description="mean bits per weight, null for float")
+    activation_bits: float | None = Field(description="mean bits of the inputs of mapped nodes, null for float")
+    crossbars: int | None = Field(description="crossbars allocated, null for float")
+    cell_utilization: float | None = Field(description="programmed weight cells over cells of allocated crossbars")
+    bit_utilization: float | None = Field(description="weight bits over bits of the cells of allocated crossbars")
+    selection: ScoreReport | None = Field(description="score on the data that widths were chosen on")
+    evaluation: ScoreReport | None = Field(
+        description="score on data that neither calibration nor search has seen, null without such data"
+    )
+
+
+class WidthsReport(_Part):
+    """Bits of one mapped node."""
+
+    weight: float = Field(description="mean bits per kernel")
+    activation: int | None = Field(description="bits of its input, null where that stays in float")
+
+
+class FrontReport(_Part):
+    """A candidate that no other beats in both crossbars and loss."""
+
+    crossbars: int
+    loss: float | None = Field(
+        description="what the search minimizes: top-1 error where there are labels, plus KL (or noise over signal)"
+    )
+    score: ScoreReport = Field(description="on the selection data")
+    weights: list[int] = Field(description="weight bits, in the order of `nodes`")
+    activations: list[int] | None = Field(description="activation bits, in the same order")
+    origin: str = Field(description="what proposed it")
+
+
+class UnmappedReport(_Part):
+    """A node of a type that crossbars compute and that was left in float."""
+
+    name: str
+    op_type: str
+    reason: str
+
+
+class KeptReport(_Part):
+    """A node that kept 8 bits."""
+
+    name: str
+    pattern: str = Field(description="the pattern of `keep` that asked for it")
+
+
+class Report(_Part):
+    """What a run of `raqu-onnx optimize` gave."""
+
+    schema_version: Literal[1] = Field(description="changes when a key changes its meaning")
+    goal: GoalReport | None = Field(description="null where widths are fixed and nothing was asked for")
+    goal_met: bool | None = Field(description="whether the goal is met on the selection data, null without one")
+    metric: Literal["top-1", "agreement", "1 - noise/signal"] | None = Field(
+        description="what points are counted in on the selection data, null without a search"
+    )
+    data: dict[Literal["calibration", "selection", "evaluation"], DataReport | None] = Field(
+        description="what ranges were measured on, widths were chosen on, and the result is reported on"
+    )
+    figures: list[FiguresReport] = Field(description="float first, then baselines, ours last")
+    levels: dict[str, ScoreReport] = Field(
+        description="score of the emitted model on the evaluation data by onnxruntime optimization level"
+    )
+    lower_bound: int | None = Field(description="fewest crossbars that any placement of these bits could use")
+    nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
+    bits: dict[str, WidthsReport] = Field(description="by mapped node")
+    front: list[FrontReport] = Field(description="by rising crossbars")
+    kept: list[KeptReport]
+    unmapped: list[UnmappedReport]
+    checks_passed: bool | None = Field(description="whether every check of the written files passed, null without any")
+    warnings: list[str] = Field(description="what a user must know")
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of `report.json`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
