@@ -38,7 +38,8 @@ __all__ = ["SequentialQuantizer"]
 # Vectors that a node is fitted on: enough for its second moments to be known, few enough to be quick.
 _VECTORS_PER_ROW = 12
 _FEWEST_VECTORS = 4096
-# One sample in so many is held out.
+# With fewer vectors per row than this, vectors are held out to see how far moments can be trusted: one sample in four.
+_FEW_PER_ROW = 6
 _HELD_OUT = 4
 _BATCH = 32
 _FEWEST_SAMPLES = 8
@@ -184,7 +185,7 @@ class SequentialQuantizer:
             return None
         # Data that comes in groups, such as crops of one photograph, mostly comes group by group: the end is the best
         # guess at what other data looks like.
-        few = "shrinkage" not in self._quantizer.without and _vectors(node, wanted) < node.layout.rows
+        few = "shrinkage" not in self._quantizer.without and _vectors(node, wanted) < _FEW_PER_ROW * node.layout.rows
         first = samples - samples // _HELD_OUT if few else samples
         used: JointMoments | None = None
         held_out: JointMoments | None = None

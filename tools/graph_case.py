@@ -42,6 +42,8 @@ EXPECTED = {
 }
 # Share of the range of an output that folding and other exact rewriting may change it by.
 _REWRITING = 1e-4
+# Onnxruntime's Sigmoid is off by so much at either end, however small its result is: a share of that is no measure.
+_SIGMOID_ERROR = 1e-6
 
 
 @dataclass
@@ -256,7 +258,7 @@ class _Case:
             share = float(np.abs(expected.astype(np.float64) - found).max(initial=0)) / span
             if most is None:
                 self.result.ends[what] = max(self.result.ends.get(what, 0.0), share)
-            elif share > most:
+            elif share > most and share * span > _SIGMOID_ERROR:
                 self.result.problems.append(f"{what}: output {name} changed by {share:.3g} of its range")
 
     def _check_nodes(self, emitted: onnx.ModelProto, feeds: dict[str, NDArray[Any]], count: int) -> None:
