@@ -15,7 +15,7 @@ from raqu_onnx.mapping import MAPPABLE_OPS, UnmappedNode, scan
 from raqu_onnx.selection import FIRST, ends, excluded_reason, select
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from raqu_onnx.layout import MappedNode
 
@@ -60,7 +60,7 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
         _require_mapped(mapped, list(left.values()))
         for node, description in mapped:
             MAPPED.set(node, description)
-        self._mark(model, mapped, operators)
+        self._mark(model, mapped, left, operators)
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             found = left.get(node.name or "")
             if found is not None and found.op_type == node.op_type:
@@ -81,10 +81,18 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
             unfit="never go into crossbars",
         )
 
-    def _mark(self, model: ir.Model, mapped: Sequence[tuple[ir.Node, MappedNode]], operators: dict[str, str]) -> None:
+    def _mark(
+        self,
+        model: ir.Model,
+        mapped: Sequence[tuple[ir.Node, MappedNode]],
+        left: Iterable[str],
+        operators: dict[str, str],
+    ) -> None:
         """Mark the nodes that read the model's own inputs, and those that are kept."""
         names = {item.name: item.op_type for _, item in mapped}
         words = ends(execution_order(model, names)[1])
+        # A layer in float gives activations like any other.
+        reading = ends(execution_order(model, [*names, *left])[1])[FIRST]
         kept = select(
             "--keep",
             self.keep,
@@ -94,7 +102,7 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
             unfit="are not on crossbars",
         )
         for node, item in mapped:
-            if item.name in words[FIRST]:
+            if item.name in reading:
                 INPUT.set(node, True)
             if item.name in kept:
                 KEPT.set(node, kept[item.name])

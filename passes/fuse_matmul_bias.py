@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from raqu_onnx.already_quantized import excluded_names
 from raqu_onnx.graph_edit import (
     Names,
     add_initializer,
@@ -43,7 +44,12 @@ class FuseMatMulBiasPass(ir.passes.InPlacePass):
     there the vector gets as many dimensions as the sum has. onnxruntime makes a Gemm of either pair itself, and once
     the operands are integers it rounds a vector `b` to steps of input scale times weight scale, which destroys a bias
     that is small against them, or so large that 32 bits do not hold it.
+
+    Attributes:
+        exclude: Patterns of nodes that stay as they are.
     """
+
+    exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "fuse-matmul-bias"
 
@@ -58,9 +64,10 @@ class FuseMatMulBiasPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
         names = Names(model)
+        excluded = excluded_names(model, self.exclude)
         modified = False
         for node in tuple(nodes_of_type(model, "MatMul")):
-            modified |= _fuse(node, names)
+            modified |= node.name not in excluded and _fuse(node, names)
         return ir.passes.PassResult(model, modified)
 
 

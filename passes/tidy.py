@@ -55,7 +55,8 @@ class TidyPass(ir.passes.InPlacePass):
         minimum_opset: An older model is raised to this opset.
         maximum_opset: A newer model is lowered to this opset, or refused.
         max_growth_bytes: See `FoldConstantsPass`.
-        exclude: Patterns of nodes that stay as they are: weights behind their DequantizeLinear, layers of float16.
+        exclude: Patterns of nodes that stay as they are: weights behind their DequantizeLinear, layers of float16,
+            a MatMul with a bias behind it.
     """
 
     minimum_opset: int = 13
@@ -84,7 +85,7 @@ class TidyPass(ir.passes.InPlacePass):
         modified |= _set_outputs_apart(model)
         modified |= infer_shapes(model)
         # Only shapes tell a stack of matrices from a matrix.
-        modified |= FuseMatMulBiasPass()(model).modified
+        modified |= FuseMatMulBiasPass(self.exclude)(model).modified
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:

@@ -47,10 +47,10 @@ def may_saturate(codes: NDArray[np.integer], layout: WeightLayout, levels: int |
     kernels = np.moveaxis(codes, layout.scale_axis, 0).reshape(layout.channels, -1)
     if kernels.shape[1] < 2:
         return False
-    ordered = np.sort(kernels, axis=1).astype(np.int64)
-    highest = ordered[:, -2:].sum(1).max(initial=0) * levels
-    lowest = ordered[:, :2].sum(1).min(initial=0) * levels
-    return bool(highest > _HIGHEST or lowest < _LOWEST)
+    ordered = np.sort(kernels, axis=1)
+    highest = int(ordered[:, -2:].sum(1, dtype=np.int64).max(initial=0)) * levels
+    lowest = int(ordered[:, :2].sum(1, dtype=np.int64).min(initial=0)) * levels
+    return highest > _HIGHEST or lowest < _LOWEST
 
 
 def _is_depthwise(layout: WeightLayout) -> bool:

@@ -11,7 +11,7 @@ their mean where a bias takes up the mean error), removing these rows and fittin
 
 This is the loss of the optimal brain surgeon for a group of weights (Hassibi, Stork, "Second order derivatives for
 network pruning: optimal brain surgeon", NIPS 1992; for groups: Frantar, Alistarh, "Optimal brain compression", NeurIPS
-2022) with a ridge `r` on the change of the rows that stay, as strong as nodes are fitted with. Without other rows that
+2022) with a ridge `r` on the change of the rows that stay. Without other rows that
 know of the channel it is `w_B^T H_BB w_B`: all that the channel contributed, but for its mean.
 
 The same in the node's own output. An error of variance `s^2` there, independent from position to position, gives the
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ErrorCurve", "ErrorCurves", "error_curves"]
 
-# Of the mean input power: with many samples, nodes are fitted with as much.
+# Of the mean input power.
 _RIDGE = 0.05
 # Outputs are not quite normal: a kernel that should never pass its activation does at times.
 _LEAST_PASSING = 0.01

@@ -43,9 +43,11 @@ class JointMoments:
         for total, part in zip(self._totals, parts, strict=True):
             total += part.sum(1, dtype=np.float64)
         left = parts[0].transpose(0, 2, 1)
-        self._xx += left @ parts[0]
-        self._xt += left @ parts[1]
-        self._tt += np.square(parts[1]).sum(1, dtype=np.float64)
+        # Squares may overflow, which `finite` tells.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._xx += left @ parts[0]
+            self._xt += left @ parts[1]
+            self._tt += np.square(parts[1]).sum(1, dtype=np.float64)
         self.count += len(x)
 
     def merged(self, other: JointMoments) -> JointMoments:

@@ -108,7 +108,7 @@ def evaluate_node(node: ir.Node, opset: int) -> list[NDArray[Any]] | None:
     except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no public base class
         _logger.info("%s (%s) is constant but was not folded: %s", node.name, node.op_type, error)
         return None
-    plain = all(isinstance(a, np.ndarray) and a.dtype.kind in "biufc" for a in arrays)
+    plain = all(isinstance(a, np.ndarray) and _is_plain(a.dtype) for a in arrays)
     return cast("list[NDArray[Any]]", arrays) if plain else None
 
 
@@ -116,8 +116,13 @@ def _ort_value(tensor: ir.TensorProtocol) -> Any:
     from onnxruntime import OrtValue
 
     array = np.ascontiguousarray(tensor.numpy()).reshape(tensor.shape.numpy())
-    if array.dtype.kind in "biufc":
+    if _is_plain(array.dtype):
         return OrtValue.ortvalue_from_numpy(array)
     # bfloat16 and the 8-bit floats, which numpy knows through ml_dtypes only.
     bits = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
     return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.dtype.value)
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    # 2 stands for types that others registered, as ml_dtypes does; one float of 8 bits among them says kind "f".
+    return dtype.isbuiltin != 2 and dtype.kind in "biufc"

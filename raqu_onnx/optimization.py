@@ -292,8 +292,8 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
     modes: tuple[tuple[str, Sharing], ...] = (("unpacked", "exclusive"), ("packed", chip.sharing))
     for item in baselines:
         kind = "best uniform" if item is found.best_uniform else "uniform"
-        widest = max(item.bits.weights)
-        but = f", kept at {widest}" if min(item.bits.weights) < widest else ""
+        others = set(item.bits.weights) - {item.weight_bits}
+        but = f", kept at {max(others)}" if others else ""
         evaluation = judge.uniform(item)
         sources = zip(quantizer.sources.items(), item.bits.weights, strict=True)
         matrices = {name: Matrix.of(source.node.layout, bits) for (name, source), bits in sources}

@@ -30,6 +30,7 @@ from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
 from raqu_onnx.search import no_progress
+from raqu_onnx.weights import FIT_PARTS, METHOD_PARTS
 
 if TYPE_CHECKING:
     from raqu_onnx.config import OptimizeConfig
@@ -195,16 +196,33 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     ``config.passes`` lists passes as ``name`` or ``name{option=value option=value}``, separated by commas.
 
     Raises:
-        ConfigError: A pass or an option is unknown, or a value has the wrong type.
+        ConfigError: A pass or an option is unknown, a value has the wrong type, or settings contradict each other.
     """
+    _require_parts(config)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
         defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}
         chosen = [_configured(name, options, defaults) for name, options in _parse(config.passes)]
+        if config.equalize and not any(isinstance(item, EqualizePass) for item in chosen):
+            raise ConfigError(
+                f"--equalize: the pipeline given with --passes does not run it; add {EqualizePass.name} before "
+                f"{CalibratePass.name}"
+            )
     _require_known("skip", config.skip, chosen)
     chosen = [item for item in chosen if _name(item) not in config.skip]
     _require_known("dump-after", config.dump_after, chosen)
     return chosen
+
+
+def _require_parts(config: OptimizeConfig) -> None:
+    """Make sure that the weight method has the parts that are to be left out of it."""
+    known = METHOD_PARTS[config.weight_method]
+    for part in config.fit_without:
+        if part not in known:
+            named = ", ".join(item for item in FIT_PARTS if item in known) or "none"
+            raise ConfigError(
+                f"--fit-without: weight method {config.weight_method} has no part {part!r}; its parts are: {named}"
+            )
 
 
 def _require_known(option: str, wanted: Iterable[str], passes: Iterable[ir.passes.PassBase]) -> None:

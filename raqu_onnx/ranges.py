@@ -50,7 +50,7 @@ def activation_quantizer(histogram: Histogram, bits: int, method: RangeMethod = 
     """Choose scale and zero point of a tensor for one width.
 
     * ``min-max`` spans all values seen.
-    * ``percentile`` spans the middle 99.99 % of them.
+    * ``percentile`` leaves out the 0.01 % of them at either end; 0 is never left out.
     * ``entropy`` is the range whose codes tell most of how the values are distributed: the least KL divergence of the
       distribution after quantization from that before, with what is clipped counted at the ends (Migacz, "8-bit
       inference with TensorRT", GTC 2017). Zeros, which every range here represents exactly, are left out.

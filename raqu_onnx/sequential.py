@@ -78,6 +78,7 @@ class SequentialQuantizer:
         units = min(-(-samples // dataset.unit), max(_FEWEST_SAMPLES, memory_bytes // (2 * max(1, alive))))
         self._feeds, count = _feeds(take(dataset, units * dataset.unit))
         self._shrinkage = default_shrinkage(max(1, count))
+        units = min(units, -(-count // dataset.unit))
         self._kept = list(self._float_targets()) if total * units <= memory_bytes // 2 else None
 
     @property

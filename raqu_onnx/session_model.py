@@ -113,4 +113,6 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> SessionModel:
 def _by_reference(tensor: ir.TensorProtocol) -> bool:
     if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8 or tensor.nbytes < _LARGE_BYTES:
         return False
-    return tensor.dtype.numpy().kind in "biuf"
+    # Not what numpy knows through ml_dtypes only (2), of which one float of 8 bits says that its kind is "f".
+    dtype = tensor.dtype.numpy()
+    return dtype.isbuiltin != 2 and dtype.kind in "biuf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from typing import IO, TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ class Spool:
             if self._file is None:
                 # Open until the spool goes: it serves many passes over the data.
                 self._file = tempfile.TemporaryFile(prefix="raqu-onnx-")  # noqa: SIM115
+            # A reader may have moved in the file.
+            self._file.seek(0, os.SEEK_END)
             for array in arrays:
                 self._file.write(np.ascontiguousarray(array).tobytes())
         except OSError as error:

@@ -137,10 +137,9 @@ class InputMoments:
         x = x - self.origin[:, None, :]
         self.count += x.shape[1]
         self.total += x.sum(1, dtype=np.float64)
-        if self.full:
-            self.gram += x.transpose(0, 2, 1) @ x
-        else:
-            self.gram += np.square(x).sum(1)
+        # Squares may overflow: whoever reads the sums looks whether they are finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.gram += x.transpose(0, 2, 1) @ x if self.full else np.square(x).sum(1)
 
     @property
     def mean(self) -> NDArray[np.float64]:

@@ -13,21 +13,24 @@ Methods, from plain to strong:
 
 With a bias and data, all work on centred moments: the mean error of each kernel is taken up by the bias.
 
-The last two are made of parts (`FitPart`), each of which can be left out to see what it gives:
+They are made of parts (`FitPart`), each of which can be left out to see what it gives:
 
-* ``bias``: moments are centred and the bias takes up the mean error;
-* ``scales``: scales are refined by the error that rounding leaves;
-* ``polish``: codes are moved one by one after rounding;
-* ``refit``: such scales are fitted to the codes by least squares after ``polish``, and codes to them once more;
-* ``targets``: nodes are fitted to the float output, not to the float weight (``sequential``);
+* ``bias``: moments are centred and the bias takes up the mean error (of ``mse``, ``gptq`` and ``sequential``);
+* ``scales``: scales are refined by the error that rounding leaves (of ``gptq`` and ``sequential``);
+* ``polish``: codes are moved one by one after rounding (likewise);
+* ``refit``: such scales are fitted to the codes by least squares after ``polish``, and codes to them once more
+  (likewise);
+* ``targets``: nodes are fitted to the float output, not to the float weight (of ``sequential``);
 * ``residuals``: the target of a node whose output is added to another value includes that value's error (likewise);
-* ``shrinkage``: where a node has fewer vectors than rows, those held out decide how far its moments are trusted
+* ``shrinkage``: where a node has few vectors for its rows, those held out decide how far its moments are trusted
   (likewise).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -43,11 +46,20 @@ if TYPE_CHECKING:
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.statistics import InputMoments
 
-__all__ = ["FIT_PARTS", "FitPart", "FittedWeights", "Target", "WeightFitter", "WeightMethod"]
+__all__ = ["FIT_PARTS", "METHOD_PARTS", "FitPart", "FittedWeights", "Target", "WeightFitter", "WeightMethod"]
 
 WeightMethod = Literal["nearest", "mse", "gptq", "sequential"]
 FitPart = Literal["bias", "scales", "polish", "refit", "targets", "residuals", "shrinkage"]
 FIT_PARTS: tuple[FitPart, ...] = get_args(FitPart)
+#: The parts that each method has in a run; `nearest` needs no moments there and has none to centre.
+METHOD_PARTS: Mapping[WeightMethod, frozenset[FitPart]] = MappingProxyType(
+    {
+        "nearest": frozenset(),
+        "mse": frozenset(("bias",)),
+        "gptq": frozenset(("bias", "scales", "polish", "refit")),
+        "sequential": frozenset(FIT_PARTS),
+    }
+)
 
 _SCALE_SHARES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
 # Largest code up to which scales are refined: that of 4 bits. With more codes nothing is left to gain, unless rows are

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ QEMU = shutil.which("qemu-x86_64")
 # Runs in the emulator: onnxruntime on each model, plain and with exact sums, and what we say of this CPU.
 SCRIPT = """
 import sys
+import tracemalloc
 import numpy as np
 from raqu_onnx.cpu import saturates_here
 from raqu_onnx.evaluation import make_session
@@ -173,3 +175,12 @@ def test_eight_bits_saturate_without_vnni_and_seven_do_not(cli: Callable[..., An
     assert error("seven-True") < 1
     assert error("eight-True") < 1
     assert error("eight-False") > 10
+
+
+def test_looking_at_weights_takes_no_multiple_of_their_memory() -> None:
+    weight = np.zeros((256, 1 << 14), np.int8)
+    tracemalloc.start()
+    may_saturate(weight, WeightLayout("out-in", weight.shape), 255)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * weight.nbytes

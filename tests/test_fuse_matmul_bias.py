@@ -122,3 +122,15 @@ def test_an_output_that_is_transposed_and_quantized_is_not_quantized_itself() ->
     count = len(model.graph)
     TidyPass()(model)
     assert len(model.graph) == count
+
+
+@pytest.mark.parametrize("pattern", ["fc", "MatMul", "f.*"])
+def test_what_the_user_excludes_stays_two_nodes(pattern: str) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[n, 4] x) => (float[n, 3] y)'
+        "{ [fc] m = MatMul (x, w) [bias] y = Add (m, b) }"
+    )
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(CONSTANTS[name], name) for name in ("w", "b"))
+    model = TidyPass(exclude=(pattern,))(load_model(proto)).model
+    assert [(node.op_type, node.name) for node in model.graph] == [("MatMul", "fc"), ("Add", "bias")]
+    assert [node.op_type for node in TidyPass(exclude=("other",))(load_model(proto)).model.graph] == ["Gemm"]

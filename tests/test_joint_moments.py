@@ -185,7 +185,7 @@ def test_rows_that_never_vary_have_no_moments_at_all() -> None:
         assert np.abs(dead).max() < 1e-9 * 1234.5
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("size", "finite"), [(1e12, True), (1e17, True), (1e25, False)])
 def test_squares_that_overflow_are_told(size: float, finite: bool) -> None:
     x, t = pairs(30)

@@ -237,3 +237,11 @@ def test_settings_can_be_given_to_optimize_itself(workspace: Path) -> None:
     for wrong, said in cases:
         with pytest.raises(ConfigError, match=said):
             raqu_onnx.optimize("model.onnx", calibration=data, **wrong)
+
+
+def test_a_float_layer_gives_activations_and_no_inputs_of_the_model(cli: Cli, workspace: Path) -> None:
+    run = (*RUN, "--weight-bits", "3", "--activation-bits", "4", "--input-bits", "6")
+    assert cli(*run, "-o", "whole").code == 0
+    assert widths(workspace / "whole") == {"conv1": ({3}, 6), "conv2": ({3}, 4), "fc": ({3}, 4)}
+    assert cli(*run, "--exclude", "conv1", "-o", "part").code == 0
+    assert widths(workspace / "part") == {"conv2": ({3}, 4), "fc": ({3}, 4)}

@@ -43,6 +43,7 @@ from raqu_onnx.pipeline import (
 )
 from raqu_onnx.search import Goal, SearchSettings
 from raqu_onnx.validation import validate
+from raqu_onnx.weights import FitPart, WeightMethod
 
 
 @pytest.fixture
@@ -141,6 +142,28 @@ def test_options_are_read_as_their_types_say(resources: Resources) -> None:
 def test_a_wrong_text_is_refused(resources: Resources, text: str) -> None:
     with pytest.raises(ConfigError, match="--passes: "):
         build_pipeline(OptimizeConfig(passes=text), resources)
+
+
+def test_a_setting_that_its_pipeline_ignores_is_refused(resources: Resources) -> None:
+    with pytest.raises(ConfigError, match=r"--equalize: .* add equalize before calibrate"):
+        build_pipeline(OptimizeConfig(passes="tidy,annotate-tiling,calibrate", equalize=True), resources)
+    text = "tidy,annotate-tiling,equalize,calibrate"
+    assert names(build_pipeline(OptimizeConfig(passes=text, equalize=True), resources)) == text.split(",")
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "parts"),
+    [
+        ("nearest", "bias", "none"),
+        ("mse", "polish", "bias"),
+        ("gptq", "targets", "bias, scales, polish, refit"),
+    ],
+)
+def test_a_part_that_the_weight_method_lacks_is_refused(
+    resources: Resources, method: WeightMethod, part: FitPart, parts: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--fit-without: .* {method} has no part '{part}'; its parts are: {parts}$"):
+        build_pipeline(OptimizeConfig(weight_method=method, fit_without=(part,)), resources)
 
 
 def test_listed_options_are_those_that_text_may_set() -> None:

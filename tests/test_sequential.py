@@ -324,8 +324,8 @@ def test_a_node_with_too_many_rows_is_fitted_alone(monkeypatch: pytest.MonkeyPat
 def test_too_little_memory_to_keep_float_inputs_changes_nothing(shared: Case) -> None:
     expected = shared.sequential.quantize(shared.bits(3))
     assert shared.sequential._kept is not None
-    for size in range(30, 14, -1):
-        tight = everything(memory_bytes=1 << size)
+    for quarter in range(96, 56, -1):
+        tight = everything(memory_bytes=round(2 ** (quarter / 4)))
         if tight.sequential._kept is None:
             break
     assert tight.sequential._kept is None

@@ -55,6 +55,20 @@ def test_outputs_are_those_of_the_whole_message(tmp_path: Path, level: Level, ex
     np.testing.assert_array_equal(light.run(None, {"x": x})[0], whole.run(None, {"x": x})[0])
 
 
+@pytest.mark.parametrize("kind", [ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16])
+def test_types_that_numpy_has_not_go_inside_the_message(kind: type) -> None:
+    """The kind of float8_e5m2 is that of numpy's own floats."""
+    weight: np.ndarray = normal(ROWS, 4 * COLUMNS).astype(kind)
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 9, opset_import: ["": 19]> g (float[N,{ROWS}] x) => (float[N,{4 * COLUMNS}] y)'
+        "{ f = Cast <to = 1> (w) y = MatMul (x, f) }"
+    )
+    proto.graph.initializer.append(ir.serde.serialize_tensor(ir.tensor(weight, name="w")))
+    session = make_session(session_model(load_model(proto)), threads=1)
+    x = normal(2, ROWS)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.astype(np.float32), rtol=1e-4, atol=1e-4)
+
+
 def test_large_weights_stay_out_of_the_message_and_the_model_as_it_was() -> None:
     model = load_model(network())
     before = to_proto(model).SerializeToString(deterministic=True)
@@ -90,7 +104,7 @@ def test_weights_that_the_message_no_longer_names_are_not_handed_over() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int64, np.int8, ml_dtypes.bfloat16])
 def test_weights_of_any_type(dtype: type) -> None:
     kind = onnx.TensorProto.DataType.Name(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))).lower()
-    weight = (normal(300, 300) * 50).astype(dtype)
+    weight: np.ndarray = (normal(300, 300) * 50).astype(dtype)
     proto = model_of(
         "g (float[300] x) => (float[300] y) { c = Cast <to = 1> (w) m = MatMul (x, c) y = Relu (m) }", w=weight
     )

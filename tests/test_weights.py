@@ -311,7 +311,7 @@ def test_singular_moments_give_sound_weights(case: str, method: str, absorb_mean
 
 
 @pytest.mark.parametrize("method", DATA_METHODS)
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_inputs_whose_squares_overflow_are_fitted_without_them(method: str) -> None:
     layout = LAYOUTS["gemm"]
     rng = np.random.default_rng(12)

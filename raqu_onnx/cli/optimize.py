@@ -119,8 +119,8 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "--keep",
         action="append",
         metavar="PATTERN,...",
-        help="keep 8-bit weights and activations in these nodes whatever the others get: `first`, `last` (no mapped "
-        "node before, or after), or patterns as above",
+        help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get: "
+        "`first`, `last` (no mapped node before, or after), or patterns as above",
     )
 
 
@@ -130,8 +130,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--fit-without",
         action="append",
         metavar="PART,...",
-        help="leave parts of the weight method out, to see what they give: bias, scales, polish, refit (of `gptq` and "
-        "`sequential`), targets, residuals, shrinkage (of `sequential`)",
+        help="leave parts of the weight method out, to see what they give: bias (of all but `nearest`), scales, "
+        "polish, refit (of `gptq` and `sequential`), targets, residuals, shrinkage (of `sequential`)",
     )
     group.add_argument("--fit-samples", type=int, metavar="N", help="samples that `sequential` fits on (default: 512)")
     group.add_argument(

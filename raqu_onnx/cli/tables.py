@@ -37,6 +37,8 @@ def print_result(result: OptimizeResult) -> None:
     if result.bits:
         rows = [(name, f"{w:g}", "float" if a is None else str(a)) for name, (w, a) in result.bits.items()]
         print_table(out, ("node", "weight bits", "activation bits"), rows, right=(1, 2))
+        if any(activation is not None for _, activation in result.bits.values()):
+            out.print("activation bits: of a node's input; --input-bits sets those of the model's own inputs")
     for name, pattern in result.kept:
         out.print(f"kept at {result.bits[name][0]:g} bits: {name} ({pattern})")
     for name, kind, reason in result.unmapped:
