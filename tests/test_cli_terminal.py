@@ -182,7 +182,12 @@ def test_an_interrupted_run_leaves_nothing(
     command = [sys.executable, "-B", "-m", "raqu_onnx", "optimize", "model.onnx", "--hw", "chip.toml", "-o", "out"]
     data = ["--calibration", "calibration.npz", "--selection", "feeds.py:feeds", "--force", "-q"]
     before = snapshot(workspace)
-    process = subprocess.Popen([*command, *data], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Jobs that a shell runs in the background ignore SIGINT, and so do their children; one that is handled is not.
+    handled = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([*command, *data], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handled)
     deadline = time.monotonic() + 60
     while not (workspace / "asleep").exists():
         assert process.poll() is None, process.communicate()
