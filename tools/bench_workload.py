@@ -176,7 +176,7 @@ def _fold_statistics(
             tensor = numpy_helper.from_array(value.reshape(1, -1, 1, 1), f"{node.name}.{key}")
             probe.graph.initializer.append(tensor)
         probe.graph.output.extend(onnx.ValueInfoProto(name=f"{node.name}.{key}") for key in ("mean", "variance"))
-    probe.graph.initializer.append(numpy_helper.from_array(np.float32(_EPSILON), "epsilon"))
+    probe.graph.initializer.append(numpy_helper.from_array(np.array(_EPSILON, np.float32), "epsilon"))
     session = make_session(probe.SerializeToString())
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(names, {model.graph.input[0].name: images}), strict=True))
@@ -194,13 +194,12 @@ def _normalized(conv: onnx.NodeProto) -> list[onnx.NodeProto]:
     raw, name = onnx.NodeProto(), conv.name
     raw.CopyFrom(conv)
     raw.output[0] = f"{name}.raw"
-    axes = {"axes": [0, 2, 3], "keepdims": 1}
     return [
         raw,
-        helper.make_node("ReduceMean", [f"{name}.raw"], [f"{name}.mean"], **axes),
+        helper.make_node("ReduceMean", [f"{name}.raw"], [f"{name}.mean"], axes=[0, 2, 3], keepdims=1),
         helper.make_node("Sub", [f"{name}.raw", f"{name}.mean"], [f"{name}.centred"]),
         helper.make_node("Mul", [f"{name}.centred"] * 2, [f"{name}.square"]),
-        helper.make_node("ReduceMean", [f"{name}.square"], [f"{name}.variance"], **axes),
+        helper.make_node("ReduceMean", [f"{name}.square"], [f"{name}.variance"], axes=[0, 2, 3], keepdims=1),
         helper.make_node("Add", [f"{name}.variance", "epsilon"], [f"{name}.regular"]),
         helper.make_node("Sqrt", [f"{name}.regular"], [f"{name}.deviation"]),
         helper.make_node("Div", [f"{name}.centred", f"{name}.deviation"], [f"{name}.unit"]),
