@@ -60,7 +60,9 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
                     "rows": matrix.rows,
                     "kernels": matrix.bits.shape[1],
                     "blocks": blocks[name],
-                    "crossbar_type": self.chip.crossbars[placement.types_by_node.get(name, 0)].name,
+                    "crossbar_type": ",".join(
+                        self.chip.crossbars[kind].name for kind in placement.types_by_node.get(name, (0,))
+                    ),
                 }
             )
         return ir.passes.PassResult(model, modified=True)

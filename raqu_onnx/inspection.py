@@ -37,7 +37,7 @@ class NodeTiling:
         crossbars: Crossbars that it takes.
         cells: Cells that its weights program.
         utilization: Programmed cells over cells of those crossbars.
-        crossbar_type: Name of their type.
+        crossbar_type: Name of their type, or names separated by commas.
     """
 
     node: MappedNode
@@ -131,14 +131,14 @@ def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -
 
 
 def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTiling]:
-    slots: dict[str, set[int]] = {node.name: set() for node in nodes}
+    slots: dict[str, set[tuple[int, int]]] = {node.name: set() for node in nodes}
     for block in exclusive.blocks:
-        slots[block.node].add(block.crossbar)
+        slots[block.node].add((block.crossbar_type, block.crossbar))
     for node in nodes:
-        kind = exclusive.types_by_node[node.name]
-        shape = exclusive.geometries[kind]
-        cells = exclusive.matrices[node.name].cells(shape.encoding)
-        taken = len(slots[node.name])
-        crossbars = taken * shape.encoding.arrays_per_placement
-        name = exclusive.chip.crossbars[kind].name
-        yield NodeTiling(node, crossbars, cells, cells / (taken * shape.cells), name)
+        kinds = exclusive.types_by_node[node.name]
+        shapes = exclusive.geometries
+        cells = exclusive.matrices[node.name].cells(shapes[kinds[0]].encoding)
+        taken = [shapes[kind] for kind, _ in slots[node.name]]
+        crossbars = sum(shape.encoding.arrays_per_placement for shape in taken)
+        names = ",".join(exclusive.chip.crossbars[kind].name for kind in kinds)
+        yield NodeTiling(node, crossbars, cells, cells / sum(shape.cells for shape in taken), names)

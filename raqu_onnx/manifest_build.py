@@ -153,8 +153,8 @@ def _encodings(context: ManifestContext) -> tuple[EncodingEntry, ...]:
     widths: dict[int, set[int]] = {}
     types = context.placement.types_by_node
     for item in context.quantized:
-        if item.node.name in types:
-            widths.setdefault(types[item.node.name], set()).update(int(b) for b in item.bits if b)
+        for kind in types.get(item.node.name, ()):
+            widths.setdefault(kind, set()).update(int(b) for b in item.bits if b)
     geometries = context.placement.geometries
     return tuple(encoding_entry(index, geometries[index], sorted(widths[index])) for index in sorted(widths))
 
@@ -290,11 +290,12 @@ def _placements(
     bits: NDArray[np.int64], blocks: Sequence[PlacedBlock], geometries: Sequence[ArrayGeometry]
 ) -> Iterable[PlacementEntry]:
     turns = assign_turns(blocks)
-    orders: dict[tuple[int, bytes], ColumnOrder] = {}
+    # All types that a node lies on have cells of the same bits, so that its columns are the same on each.
+    orders: dict[bytes, ColumnOrder] = {}
     sums: dict[tuple[int, tuple[int, int]], int] = {}
     for placed, turn in zip(blocks, turns, strict=True):
         block, geometry = placed.block, geometries[placed.crossbar_type]
-        key = (placed.crossbar_type, bits[block.group].tobytes())
+        key = bits[block.group].tobytes()
         if key not in orders:
             orders[key] = column_order(bits[block.group], geometry.encoding)
         starts = orders[key].starts
@@ -349,6 +350,7 @@ def _totals(placement: Placement, nodes: Sequence[NodeEntry]) -> Totals:
         cell_utilization=Ratio(numerator=placement.programmed_cells, denominator=placement.allocated_cells),
         bit_utilization=Ratio(numerator=placement.weight_bits, denominator=placement.allocated_bits),
         lower_bound=placement.lower_bound,
+        lower_bound_cells=placement.lower_bound_cells,
         placements=sum(len(node.placements) for node in nodes),
         dropped_kernels=sum(int(np.count_nonzero(m.bits == 0)) for m in placement.matrices.values()),
     )

@@ -254,6 +254,12 @@ class Totals(Entry):
     crossbars: tuple[CrossbarTotal, ...]
     cell_utilization: Ratio = Field(description="programmed weight cells over cells of all allocated crossbars")
     bit_utilization: Ratio = Field(description="weight bits over bits that all allocated crossbars can hold")
-    lower_bound: Whole = Field(description="fewest crossbars that any placement of these weights could use")
+    lower_bound: Whole = Field(
+        description="fewest crossbars that any placement of these weights could use under this sharing"
+    )
+    lower_bound_cells: Whole = Field(
+        description="fewest cells of allocated crossbars, likewise; what is above it in cell_utilization.denominator "
+        "is the gap"
+    )
     placements: Whole
     dropped_kernels: Whole = Field(description="over all groups of all nodes")

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from raqu_onnx.hardware import Sharing
 
-__all__ = ["DiagonalPacker", "GuillotinePacker", "Packer", "new_packer"]
+__all__ = ["DiagonalPacker", "FreeList", "GuillotinePacker", "Packer", "new_packer"]
 
 
 class Packer(abc.ABC):
@@ -38,7 +38,7 @@ class Packer(abc.ABC):
         self.limit = limit
         self.opened = 0
         self._opened_before = 0
-        self._free = _FreeList(fields)
+        self._free = FreeList(fields)
 
     def place(self, height: int, width: int, owner: int) -> tuple[int, int, int] | None:
         """Place a block of `height` by `width` cells of the node `owner`.
@@ -77,7 +77,7 @@ class Packer(abc.ABC):
         """Record a block at the first cell of a new crossbar."""
 
 
-class _FreeList:
+class FreeList:
     """Growing table of integer rows with a mask of those in use; lets numpy search it as a whole."""
 
     def __init__(self, fields: int) -> None:
@@ -89,6 +89,7 @@ class _FreeList:
         self._journal: list[tuple[int, list[int] | None, bool]] | None = None
 
     def add(self, *values: int) -> None:
+        """Put a row in use."""
         from_hole = bool(self._holes)
         if from_hole:
             index = self._holes.pop()
@@ -104,6 +105,7 @@ class _FreeList:
             self._journal.append((index, None, from_hole))
 
     def pop(self, index: int) -> list[int]:
+        """Take a row out of use and return its values."""
         self.used[index] = False
         self._holes.append(index)
         values: list[int] = self.rows[index].tolist()
@@ -112,9 +114,11 @@ class _FreeList:
         return values
 
     def begin(self) -> None:
+        """From here on, `rollback` undoes every change."""
         self._journal = []
 
     def rollback(self) -> None:
+        """Return to the state at the last `begin`."""
         for index, popped, from_hole in reversed(self._journal or []):
             self.used[index] = popped is not None
             if popped is not None:

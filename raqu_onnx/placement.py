@@ -6,17 +6,14 @@ cells, utilization and the lower bound. Counts are of physical arrays: a pair of
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-
+from raqu_onnx.bounds import DoesNotFitError, fewest_cells, fewest_crossbars
 from raqu_onnx.errors import ChipError
-from raqu_onnx.mixed_placement import MixedPlacement, pack, place_mixed
-from raqu_onnx.native_output import no_native_output
-from raqu_onnx.packing import new_packer
+from raqu_onnx.mixed_placement import place_blocks
+from raqu_onnx.placement_problem import Problem
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
 if TYPE_CHECKING:
@@ -33,10 +30,6 @@ __all__ = [
     "lower_bound",
     "place",
 ]
-
-
-class DoesNotFitError(ChipError):
-    """The chip has fewer crossbars than the model needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +77,12 @@ class Placement:
         return geometries(self.chip)
 
     @cached_property
-    def types_by_node(self) -> dict[str, int]:
-        """The crossbar type that each node lies on."""
-        return {placed.node: placed.crossbar_type for placed in self.blocks}
+    def types_by_node(self) -> dict[str, tuple[int, ...]]:
+        """The crossbar types that each node lies on, ascending; all have cells of the same bits."""
+        found: dict[str, set[int]] = {}
+        for placed in self.blocks:
+            found.setdefault(placed.node, set()).add(placed.crossbar_type)
+        return {node: tuple(sorted(types)) for node, types in found.items()}
 
     @cached_property
     def crossbars_by_type(self) -> tuple[int, ...]:
@@ -113,7 +109,7 @@ class Placement:
         """Cells that hold weights; unit columns and padding do not count."""
         types = self.types_by_node
         return sum(
-            matrix.cells(self.geometries[types[name]].encoding)
+            matrix.cells(self.geometries[types[name][0]].encoding)
             for name, matrix in self.matrices.items()
             if name in types
         )
@@ -135,14 +131,31 @@ class Placement:
 
     @cached_property
     def lower_bound(self) -> int:
-        """Fewest crossbars that any placement of these weights could use on this chip.
+        """Fewest crossbars that any placement of these weights could use on this chip under this sharing.
 
         Where the placement uses more than the chip has, the bound leaves the chip's counts out too.
         """
+        return fewest_crossbars(list(self.matrices.values()), self.geometries, self._counts, self.sharing)
+
+    @cached_property
+    def lower_bound_cells(self) -> int:
+        """Fewest cells of allocated crossbars, in the same way."""
+        return fewest_cells(list(self.matrices.values()), self.geometries, self._counts, self.sharing)
+
+    @property
+    def gap(self) -> float:
+        """Allocated cells over their lower bound, less 1: the share by which a better placement could be smaller.
+
+        On a chip with one crossbar type this is the gap of crossbars too.
+        """
+        return self.allocated_cells / self.lower_bound_cells - 1 if self.lower_bound_cells else 0.0
+
+    @property
+    def _counts(self) -> list[int | None]:
         counts = [kind.count for kind in self.chip.crossbars]
         if any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True)):
-            counts = [None] * len(counts)
-        return lower_bound(list(self.matrices.values()), self.geometries, counts)
+            return [None] * len(counts)
+        return counts
 
 
 def geometries(chip: Chip) -> tuple[ArrayGeometry, ...]:
@@ -151,18 +164,27 @@ def geometries(chip: Chip) -> tuple[ArrayGeometry, ...]:
 
 
 def place(
-    matrices: Mapping[str, Matrix], chip: Chip, *, sharing: Sharing | None = None, ignore_counts: bool = False
+    matrices: Mapping[str, Matrix],
+    chip: Chip,
+    *,
+    sharing: Sharing | None = None,
+    ignore_counts: bool = False,
+    max_crossbars: int | None = None,
 ) -> Placement:
     """Place every node of a model on a chip.
 
-    Blocks are placed by falling area. Where the chip has several crossbar types, each node goes to one of them, so
-    that the model takes the fewest crossbars and, among equals, the fewest cells of several assignments tried.
+    The cells of all allocated crossbars, which are the area that the weights take, are minimized, and among equals the
+    number of crossbars. On a chip with one crossbar type both are the same. On one with several, every block goes to
+    the type that serves the whole model best; blocks of one node may lie on different types with cells of the same
+    bits.
 
     Args:
         matrices: Weights by node name.
         chip: The chip.
         sharing: Overrides the chip's sharing mode, for baselines.
         ignore_counts: Use as many crossbars as needed, to say how many are missing.
+        max_crossbars: On a chip with several types, stay within so many crossbars if that can be done, even where
+            that takes more cells.
 
     Raises:
         DoesNotFitError: The chip has too few crossbars.
@@ -170,14 +192,14 @@ def place(
     """
     mode = sharing or chip.sharing
     shapes = geometries(chip)
-    limits = [
+    limits = tuple(
         None if ignore_counts or kind.count is None else kind.count // shape.encoding.arrays_per_placement
         for shape, kind in zip(shapes, chip.crossbars, strict=True)
-    ]
+    )
     if len(shapes) == 1:
-        found = _place_alike(matrices, shapes[0], limits[0], mode)
-    else:
-        found = place_mixed(matrices, shapes, limits, mode)
+        for name, matrix in matrices.items():
+            tile(matrix, shapes[0], where=name)
+    found = place_blocks(Problem(matrices, shapes, limits, mode), max_crossbars)
     if found is None:
         _raise_shortage(matrices, chip, mode)
     names = list(matrices)
@@ -189,16 +211,6 @@ def place(
     return Placement(chip, mode, dict(matrices), tuple(block for blocks in by_node for block in blocks), found.opened)
 
 
-def _place_alike(
-    matrices: Mapping[str, Matrix], shape: ArrayGeometry, limit: int | None, mode: Sharing
-) -> MixedPlacement | None:
-    """All nodes' blocks on the only crossbar type."""
-    tiled = [tile(matrix, shape, where=name) for name, matrix in matrices.items()]
-    packer = new_packer(mode, shape.rows, shape.cols, limit)
-    spots = pack([(node, block) for node, blocks in enumerate(tiled) for block in blocks], 0, packer)
-    return None if spots is None else MixedPlacement(tuple(spots), (packer.opened,))
-
-
 def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> NoReturn:
     for name, matrix in matrices.items():
         if all(_too_wide(name, matrix, shape) for shape in geometries(chip)):
@@ -207,7 +219,7 @@ def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -
     if len(chip.crossbars) == 1:
         problem = f"has {chip.crossbars[0].count} crossbars, the model needs {need.crossbars} under {mode} sharing"
     else:
-        # A node lies on one type, so that the sum over types can be large enough and still not serve.
+        # Blocks are not cut at will, so that the sum over types can be large enough and still not serve.
         have = ", ".join(f"{kind.name}: {'any' if kind.count is None else kind.count}" for kind in chip.crossbars)
         free = zip(chip.crossbars, need.crossbars_by_type, strict=True)
         wanted = ", ".join(f"{kind.name}: {count}" for kind, count in free if count)
@@ -234,67 +246,29 @@ def count_crossbars(matrix: Matrix, chip: Chip, sharing: Sharing | None = None) 
     error: ChipError | None = None
     for shape in geometries(chip):
         try:
-            jobs = [(0, block) for block in tile(matrix, shape)]
+            tile(matrix, shape)
         except ChipError as exc:
             error = exc
             continue
-        packer = new_packer(mode, shape.rows, shape.cols)
-        pack(jobs, 0, packer)
-        crossbars = packer.opened * shape.encoding.arrays_per_placement
+        found = place_blocks(Problem({"": matrix}, (shape,), (None,), mode))
+        if found is None:
+            continue
+        crossbars = found.opened[0] * shape.encoding.arrays_per_placement
         best = crossbars if best is None else min(best, crossbars)
     if best is None:
         raise error or ChipError(f"chip {chip.name} has no crossbar type")
     return best
 
 
-def lower_bound(matrices: Sequence[Matrix], shapes: Sequence[ArrayGeometry], counts: Sequence[int | None]) -> int:
-    """Fewest crossbars that could hold the programmed cells, whatever the placement.
-
-    With one crossbar type: programmed cells over cells per crossbar, rounded up. With several: an integer program in
-    which every node's cells may be split freely over the types.
+def lower_bound(
+    matrices: Sequence[Matrix],
+    shapes: Sequence[ArrayGeometry],
+    counts: Sequence[int | None],
+    sharing: Sharing = "time",
+) -> int:
+    """Fewest crossbars that could hold the weights, see `raqu_onnx.bounds`.
 
     Raises:
         DoesNotFitError: Several types together have fewer cells than the weights.
     """
-    if len(shapes) == 1:
-        cells = sum(matrix.cells(shapes[0].encoding) for matrix in matrices)
-        return math.ceil(cells / shapes[0].cells) * shapes[0].encoding.arrays_per_placement
-    return _mixed_lower_bound(matrices, shapes, counts)
-
-
-def _mixed_lower_bound(
-    matrices: Sequence[Matrix], shapes: Sequence[ArrayGeometry], counts: Sequence[int | None]
-) -> int:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    nodes, types = len(matrices), len(shapes)
-    # Variables: slots n[t], then the share x[node, t] of every node on every type.
-    cost = np.concatenate([[s.encoding.arrays_per_placement for s in shapes], np.zeros(nodes * types)])
-    upper = np.concatenate(
-        [
-            [
-                np.inf if c is None else c // s.encoding.arrays_per_placement
-                for c, s in zip(counts, shapes, strict=True)
-            ],
-            np.ones(nodes * types),
-        ]
-    )
-    capacity = np.zeros((types, types + nodes * types))
-    whole = np.zeros((nodes, types + nodes * types))
-    for t, shape in enumerate(shapes):
-        capacity[t, t] = 1
-        for n, matrix in enumerate(matrices):
-            capacity[t, types + n * types + t] = -matrix.cells(shape.encoding) / shape.cells
-            whole[n, types + n * types + t] = 1
-    with no_native_output():
-        result = milp(
-            cost,
-            integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
-            bounds=Bounds(np.zeros_like(upper), upper),
-            constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
-            options={"mip_rel_gap": 0.0},
-        )
-    if result.x is None:
-        raise DoesNotFitError("the weights have more cells than the chip; use fewer bits or a larger chip")
-    # The solver's own bound, not its solution: only that one is never too high.
-    return math.ceil(result.mip_dual_bound - 1e-6)
+    return fewest_crossbars(matrices, shapes, counts, sharing)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Chip, CrossbarType
     from raqu_onnx.layout import WeightLayout
 
-__all__ = ["ArrayGeometry", "Block", "ColumnOrder", "Matrix", "column_order", "tile"]
+__all__ = ["ArrayGeometry", "Block", "ColumnOrder", "Matrix", "column_cuts", "column_order", "tile"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def tile(matrix: Matrix, geometry: ArrayGeometry, *, where: str = "matrix") -> l
     for group in range(matrix.groups):
         key = matrix.bits[group].tobytes()
         if key not in seen:
-            seen[key] = _column_cuts(column_order(matrix.bits[group], geometry.encoding), geometry, where)
+            seen[key] = column_cuts(column_order(matrix.bits[group], geometry.encoding), geometry, where)
         for first, last in rows:
             height = (last - first) * geometry.encoding.rows_per_weight
             blocks.extend(
@@ -184,7 +184,12 @@ def _cuts(length: int, limit: int) -> list[tuple[int, int]]:
     return [(start, min(start + limit, length)) for start in range(0, length, limit)]
 
 
-def _column_cuts(order: ColumnOrder, geometry: ArrayGeometry, where: str) -> list[tuple[int, int]]:
+def column_cuts(order: ColumnOrder, geometry: ArrayGeometry, where: str) -> list[tuple[int, int]]:
+    """The fewest column ranges that a crossbar can hold, from the first column on.
+
+    Raises:
+        ChipError: One kernel is wider than a crossbar and the chip does not split slices.
+    """
     limit = geometry.weight_cols
     if geometry.split_slices:
         return _cuts(int(order.starts[-1]), limit)

@@ -175,7 +175,10 @@ def coverage_findings(table: PlacementTable, view: ManifestView) -> Iterator[str
                 yield f"node {node.name}: no placement holds its {own.stored_weights()} weights"
             continue
         indices = np.arange(part.start, part.stop)
-        kinds = {placement.type for placement in node.placements}
+        bits = {view.encodings[placement.type].cell_bits for placement in node.placements}
+        if len(bits) > 1:
+            yield f"node {node.name}: lies on crossbar types whose cells hold {sorted(bits)} bits: one width only"
+            continue
         replicas = np.unique(table.replica[part])
         if replicas[-1] != replicas.size - 1:
             yield f"node {node.name}: replicas are numbered {replicas[:8].tolist()}, not from 0 on"
@@ -183,14 +186,13 @@ def coverage_findings(table: PlacementTable, view: ManifestView) -> Iterator[str
         for replica in replicas.tolist():
             for polarity in np.unique(table.polarity[part]).tolist():
                 chosen = indices[(table.replica[part] == replica) & (table.polarity[part] == polarity)]
-                yield from _cover(table, view, node, kinds, chosen, f"replica {replica}")
+                yield from _cover(table, view, node, chosen, f"replica {replica}")
 
 
 def _cover(
     table: PlacementTable,
     view: ManifestView,
     node: NodeEntry,
-    kinds: set[int],
     chosen: NDArray[np.int64],
     which: str,
 ) -> Iterator[str]:
@@ -205,9 +207,6 @@ def _cover(
             continue
         if not members.size:
             yield f"{where}: no placement holds its weights"
-            continue
-        if len(kinds) > 1 and len(set(table.type[members].tolist())) > 1:
-            yield f"{where}: lies on several crossbar types"
             continue
         count = own.columns(group, int(table.type[members[0]])).count
         counts, row_edges, column_edges = _depth(

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.bounds import fewest_cells, fewest_crossbars
 from raqu_onnx.errors import ChipError
 from raqu_onnx.manifest_stages import clashes
-from raqu_onnx.placement import geometries, lower_bound
+from raqu_onnx.placement import geometries
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def totals_findings(table: PlacementTable, view: ManifestView) -> Iterator[str]:
     programmed, weight_bits, dropped = _weights(view)
     cells = [total.allocated * kind.cells for total, kind in zip(totals.crossbars, chip.crossbars, strict=True)]
     bits = [count * kind.cell_bits for count, kind in zip(cells, chip.crossbars, strict=True)]
+    bound, bound_cells = _lower_bounds(view)
     for key, found, expected in (
         ("cell_utilization.numerator", totals.cell_utilization.numerator, programmed),
         ("cell_utilization.denominator", totals.cell_utilization.denominator, sum(cells)),
@@ -55,7 +57,8 @@ def totals_findings(table: PlacementTable, view: ManifestView) -> Iterator[str]:
         ("bit_utilization.denominator", totals.bit_utilization.denominator, sum(bits)),
         ("placements", totals.placements, len(table.entries)),
         ("dropped_kernels", totals.dropped_kernels, dropped),
-        ("lower_bound", totals.lower_bound, _lower_bound(view)),
+        ("lower_bound", totals.lower_bound, bound),
+        ("lower_bound_cells", totals.lower_bound_cells, bound_cells),
     ):
         if found != expected:
             yield f"totals.{key}: is {found}, the placements give {expected}"
@@ -78,20 +81,26 @@ def _weights(view: ManifestView) -> tuple[int, int, int]:
     return programmed, weight_bits, dropped
 
 
-def _lower_bound(view: ManifestView) -> int | None:
-    chip = view.manifest.chip
+def _lower_bounds(view: ManifestView) -> tuple[int | None, int | None]:
+    """Fewest crossbars and cells, None where the chip is too small for any."""
+    manifest = view.manifest
     matrices: list[Matrix] = []
-    for node in view.manifest.nodes:
+    owners: list[int] = []
+    for index, node in enumerate(manifest.nodes):
         own = view.node(node)
         rows = [len(own.stored_rows(group)) for group in range(node.matrix.groups)]
-        # Groups may store different rows; the bound asks for cells only.
-        matrices.extend(Matrix(1, k, own.bits[g : g + 1]) for g, k in enumerate(rows) if len(set(rows)) > 1)
-        if len(set(rows)) == 1:
-            matrices.append(Matrix(len(rows), rows[0], own.bits))
+        # Groups may store different rows.
+        parts = [Matrix(1, k, own.bits[g : g + 1]) for g, k in enumerate(rows)]
+        matrices += [Matrix(len(rows), rows[0], own.bits)] if len(set(rows)) == 1 else parts
+        owners += [index] * (len(matrices) - len(owners))
+    shapes, counts = geometries(manifest.chip), [kind.count for kind in manifest.chip.crossbars]
     try:
-        return lower_bound(matrices, geometries(chip), [kind.count for kind in chip.crossbars])
+        return (
+            fewest_crossbars(matrices, shapes, counts, manifest.sharing, owners),
+            fewest_cells(matrices, shapes, counts, manifest.sharing, owners),
+        )
     except ChipError:
-        return None
+        return None, None
 
 
 def stage_findings(manifest: Manifest, table: PlacementTable) -> Iterator[str]:

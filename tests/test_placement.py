@@ -92,7 +92,7 @@ def assert_sound(placement: Placement) -> None:
     weight_cells = 0
     for placed in placement.blocks:
         shape, block = shapes[placed.crossbar_type], placed.block
-        assert placed.crossbar_type == placement.types_by_node[placed.node]
+        assert placed.crossbar_type in placement.types_by_node[placed.node]
         assert 0 <= placed.row <= placed.row + block.height <= shape.rows
         assert 0 <= placed.col <= placed.col + block.width <= shape.cols
         cells = np.zeros((shape.rows, shape.cols), int)
@@ -117,7 +117,7 @@ def assert_sound(placement: Placement) -> None:
         assert {group for node, group in covered if node == name} == stored
     expected = sum(
         matrix.rows
-        * sum(shapes[placement.types_by_node[name]].encoding.cells_per_weight(int(b)) for b in matrix.bits.flat)
+        * sum(shapes[placement.types_by_node[name][0]].encoding.cells_per_weight(int(b)) for b in matrix.bits.flat)
         for name, matrix in placement.matrices.items()
         if name in placement.types_by_node
     )
@@ -133,6 +133,8 @@ def assert_sound(placement: Placement) -> None:
     assert 0 <= placement.bit_utilization <= 1
     assert 0 <= placement.cell_utilization <= 1
     assert placement.lower_bound <= placement.crossbars
+    assert placement.lower_bound_cells <= placement.allocated_cells
+    assert placement.gap >= 0
 
 
 @given(matrices=models(), chip=chips())
@@ -157,12 +159,15 @@ def test_every_placement_is_sound(matrices: dict[str, Matrix], chip: Chip) -> No
 @given(matrices=models(), chip=chips(counted=False))
 @settings(max_examples=60, deadline=None)
 def test_one_node_alone(matrices: dict[str, Matrix], chip: Chip) -> None:
-    """`count_crossbars` is `place` with that node only."""
+    """`count_crossbars` is `place` with that node only, on the type where it takes the fewest."""
+    singles = [chip.model_copy(update={"crossbars": (kind,)}) for kind in chip.crossbars]
     for name, matrix in matrices.items():
         if fits_a_type(matrix, chip):
             for sharing in SHARINGS:
-                alone = place({name: matrix}, chip, sharing=sharing)
-                assert count_crossbars(matrix, chip, sharing) == alone.crossbars
+                alone = [
+                    place({name: matrix}, one, sharing=sharing).crossbars for one in singles if fits_a_type(matrix, one)
+                ]
+                assert count_crossbars(matrix, chip, sharing) == min(alone)
         else:
             with pytest.raises(ChipError):
                 count_crossbars(matrix, chip)
@@ -295,7 +300,7 @@ def test_blocks_come_in_the_order_of_nodes() -> None:
 def test_a_mixed_chip_gives_every_node_the_size_that_suits() -> None:
     chip = chip_of({"rows": 64, "cols": 64}, {"rows": 8, "cols": 8})
     placement = place({"large": uniform(64, 16, 8), "small": uniform(8, 2, 8)}, chip)
-    assert placement.types_by_node == {"large": 0, "small": 1}
+    assert placement.types_by_node == {"large": (0,), "small": (1,)}
     assert placement.crossbars_by_type == (1, 1)
     assert placement.cell_utilization == 1
 
@@ -314,7 +319,7 @@ def test_a_mixed_chip_goes_on_with_another_type_where_one_is_used_up() -> None:
 
 def test_a_kernel_too_wide_for_one_type_goes_to_another() -> None:
     chip = chip_of({"rows": 8, "cols": 3}, {"rows": 64, "cols": 64})
-    assert place({"a": uniform(8, 1, 8)}, chip).types_by_node == {"a": 1}
+    assert place({"a": uniform(8, 1, 8)}, chip).types_by_node == {"a": (1,)}
     assert count_crossbars(uniform(8, 1, 8), chip) == 1
 
 
@@ -349,13 +354,33 @@ def test_a_mixed_chip_takes_the_fewest_crossbars() -> None:
     assert place({"a": uniform(8, 2, 8)}, chip).crossbars_by_type == (1, 0)
 
 
-def test_a_mixed_chip_tries_whole_types_too() -> None:
-    """Node by node, a second node opens small crossbars that the blocks of the first would have left room for."""
+def test_a_mixed_chip_cuts_blocks_for_the_size_that_is_left() -> None:
     chip = chip_of({"rows": 16, "cols": 16}, {"rows": 8, "cols": 8}, sharing="time")
     nodes = {"a": uniform(15, 1, 8), "b": uniform(5, 2, 8), "c": uniform(29, 6, 8)}
     placement = place(nodes, chip)
-    assert placement.crossbars_by_type == (4, 0)
-    assert placement.lower_bound == 4
+    # 60 + 40 + 696 cells: three large crossbars hold 768 of them.
+    assert placement.crossbars_by_type == (3, 1)
+    assert placement.allocated_cells == placement.lower_bound_cells == 3 * 256 + 64
+    assert placement.types_by_node["c"] in {(0,), (0, 1)}
+    assert_sound(placement)
+
+
+def test_blocks_of_one_node_lie_on_two_types() -> None:
+    chip = chip_of({"rows": 16, "cols": 16}, {"rows": 8, "cols": 16})
+    placement = place({"a": uniform(24, 4, 8)}, chip)
+    assert placement.types_by_node == {"a": (0, 1)}
+    assert placement.crossbars_by_type == (1, 1)
+    assert placement.gap == 0
+    assert_sound(placement)
+
+
+def test_a_budget_of_crossbars_goes_before_cells() -> None:
+    chip = chip_of({"rows": 16, "cols": 16}, {"rows": 8, "cols": 8}, sharing="exclusive")
+    nodes = {"a": uniform(8, 6, 8)}
+    assert place(nodes, chip).crossbars_by_type == (0, 3)
+    for budget in (1, 2):
+        assert place(nodes, chip, max_crossbars=budget).crossbars_by_type == (1, 1)
+    assert place(nodes, chip, max_crossbars=3).crossbars_by_type == (0, 3)
 
 
 def test_a_kernel_wider_than_every_type() -> None:

@@ -33,6 +33,7 @@ COUNTS = {
     "resnet20-cifar": (20, 268_336, (87, 160, 36, 53, 25, 59)),
     "resnet20-projections": (22, 270_608, (90, None, 38, None, 27, None)),
     "resnet50": (54, 25_502_912, (6260, 12504, 1595, 3190, 452, 3130)),
+    "mobilenetv2": (53, 3_469_760, (1529, 2526, 579, 866, 266, 1048)),
 }
 
 #: Cell utilization in percent, as published with the counts.
@@ -45,6 +46,7 @@ UTILIZATION = {
     "resnet20-cifar": (75.3, 81.9, 45.5, 61.8, 16.4, 55.5),
     "resnet20-projections": (None,) * 6,
     "resnet50": (99.5, None, 97.6, None, 86.1, None),
+    "mobilenetv2": (None,) * 6,
 }
 
 

@@ -62,14 +62,21 @@ class _Builder:
         self.value = f"{name}_out"
 
     def conv(
-        self, channels: int, kernel: int = 3, stride: int = 1, pad: int | None = None, *, relu: bool = True
+        self,
+        channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        pad: int | None = None,
+        *,
+        relu: bool = True,
+        group: int = 1,
     ) -> None:
         """A convolution, padded to keep the size unless `pad` says otherwise."""
         pad = kernel // 2 if pad is None else pad
         stem = f"conv_{len(self.nodes)}"
-        weight = self.weight(f"{stem}.weight", channels, self.shape[0], kernel, kernel)
+        weight = self.weight(f"{stem}.weight", channels, self.shape[0] // group, kernel, kernel)
         bias = self.weight(f"{stem}.bias", channels)
-        self.node("Conv", weight, bias, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4)
+        self.node("Conv", weight, bias, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4, group=group)
         self.shape = (channels, *((size + 2 * pad - kernel) // stride + 1 for size in self.shape[1:]))
         if relu:
             self.node("Relu")
@@ -146,6 +153,17 @@ class _Builder:
 
         self.residual(body, lambda: self.projection(4 * channels, stride))
 
+    def inverted_residual(self, channels: int, stride: int, expansion: int) -> None:
+        """Expansion, depthwise 3x3 and linear projection; the input is added where the shape stays."""
+        value, shape = self.value, self.shape
+        hidden = expansion * shape[0]
+        if expansion != 1:
+            self.conv(hidden, 1)
+        self.conv(hidden, 3, stride, group=hidden)
+        self.conv(channels, 1, relu=False)
+        if self.shape == shape:
+            self.node("Add", value)
+
     def model(self) -> onnx.ModelProto:
         """The model that ends in the last activation."""
         output = helper.make_tensor_value_info(self.value, TensorProto.FLOAT, ["N", *self.shape])
@@ -210,6 +228,18 @@ def _resnet50(net: _Builder) -> None:
     net.linear(1000)
 
 
+def _mobilenetv2(net: _Builder) -> None:
+    """Sandler et al., CVPR 2018, table 2; Relu stands for ReLU6, which changes no shape."""
+    net.conv(32, 3, 2)
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for expansion, channels, blocks, stride in table:
+        for block in range(blocks):
+            net.inverted_residual(channels, 1 if block else stride, expansion)
+    net.conv(1280, 1)
+    net.global_pool()
+    net.linear(1000)
+
+
 def _resnet20(net: _Builder, shortcut: Callable[[int, int], None]) -> None:
     """He et al., CVPR 2016, section 4.2."""
     net.conv(16)
@@ -230,6 +260,7 @@ _NETWORKS: dict[str, tuple[int, int, Callable[[_Builder], None]]] = {
     "resnet20-cifar": (3, 32, lambda net: _resnet20(net, net.free_shortcut)),
     "resnet20-projections": (1, 28, lambda net: _resnet20(net, net.projection)),
     "resnet50": (3, 224, _resnet50),
+    "mobilenetv2": (3, 224, _mobilenetv2),
 }
 #: What `write_reference_model` takes.
 REFERENCE_MODELS = tuple(_NETWORKS)

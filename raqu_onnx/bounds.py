@@ -1,0 +1,264 @@
+"""Fewest crossbars, and fewest cells, that any placement of a model could take.
+
+Every way of cutting the matrices into blocks is allowed for, so that no tiling beats these bounds. Per node and
+crossbar type, with `K` rows and `N` columns per group, `R` and `C` lines of a crossbar, they rest on three sums over
+its blocks:
+
+* cells: at least `K * N`, with one more column per column block where blocks end in a unit column;
+* rows: every row of the matrix runs through at least as many blocks as its columns need, `ceil(N / C)` (more where
+  whole kernels leave columns over), so that heights add up to at least `K * ceil(N / C)`;
+* columns: in the same way, widths add up to at least `N * ceil(K / R)`.
+
+Blocks in a crossbar do not overlap (`time`: its cells bound the first sum), or share neither rows nor columns
+(`diagonal`: its lines bound the other two as well; `exclusive`: the same for every node by itself, rounded up node by
+node). With several crossbar types an integer program splits every node freely over the types.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.errors import ChipError
+from raqu_onnx.native_output import no_native_output
+from raqu_onnx.tiling import column_cuts, column_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from raqu_onnx.hardware import Sharing
+    from raqu_onnx.tiling import ArrayGeometry, Matrix
+
+__all__ = ["Demand", "DoesNotFitError", "demand", "fewest_cells", "fewest_crossbars", "fewest_slots"]
+
+
+class DoesNotFitError(ChipError):
+    """The chip has fewer crossbars than the model needs."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the blocks of a node take at least of one crossbar type's slots, summed over all of them.
+
+    Attributes:
+        cells: Cells of one array, unit columns included.
+        rows: Wordlines.
+        cols: Bitlines.
+        thin_cells: Cells per whole node where only a share of it lies on the type: a fraction, at most `cells`.
+        thin_rows: Wordlines in the same case.
+        thin_cols: Bitlines in the same case.
+    """
+
+    cells: int = 0
+    rows: int = 0
+    cols: int = 0
+    thin_cells: float = 0.0
+    thin_rows: float = 0.0
+    thin_cols: float = 0.0
+
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, count: int) -> Demand:
+        """The demand of `count` such groups."""
+        return Demand(*(count * value for value in astuple(self)))
+
+
+def demand(matrix: Matrix, geometry: ArrayGeometry) -> Demand | None:
+    """What a node takes of a crossbar type, None where one of its kernels is too wide for it."""
+    if geometry.weight_rows < 1 or geometry.weight_cols < 1:
+        return None if matrix.cells(geometry.encoding) else Demand()
+    patterns, counts = np.unique(matrix.bits, axis=0, return_counts=True)
+    total = Demand()
+    for bits, count in zip(patterns, counts.tolist(), strict=True):
+        order = column_order(bits, geometry.encoding)
+        try:
+            cuts = len(column_cuts(order, geometry, "matrix"))
+        except ChipError:
+            return None
+        total += _of_group(matrix.rows, int(order.starts[-1]), cuts, geometry).times(count)
+    return total
+
+
+def _of_group(rows: int, columns: int, cuts: int, geometry: ArrayGeometry) -> Demand:
+    if not rows or not columns:
+        return Demand()
+    height = rows * geometry.encoding.rows_per_weight
+    blocks_down = math.ceil(rows / geometry.weight_rows)
+    unit = int(geometry.unit_column)
+    return Demand(
+        cells=height * (columns + unit * cuts),
+        rows=height * cuts,
+        cols=blocks_down * (columns + unit * cuts),
+        thin_cells=height * columns * (1 + unit / geometry.weight_cols),
+        thin_rows=height * columns / min(columns, geometry.weight_cols),
+        thin_cols=rows * columns / min(rows, geometry.weight_rows),
+    )
+
+
+def fewest_crossbars(
+    nodes: Sequence[Matrix],
+    shapes: Sequence[ArrayGeometry],
+    counts: Sequence[int | None],
+    sharing: Sharing = "time",
+    owners: Sequence[int] | None = None,
+) -> int:
+    """Fewest physical crossbars that could hold the weights under a sharing mode.
+
+    Args:
+        nodes: Weights of every node.
+        shapes: The crossbar types.
+        counts: Crossbars of each type, None for any number.
+        sharing: What may share a crossbar.
+        owners: Index of the node that each matrix belongs to, where one node has several.
+
+    Raises:
+        DoesNotFitError: The crossbars of several types together are too few by this bound.
+    """
+    if len(shapes) == 1:
+        return _slots(_by_node(nodes, shapes, owners), shapes[0], sharing) * shapes[0].encoding.arrays_per_placement
+    costs = [shape.encoding.arrays_per_placement for shape in shapes]
+    return _several_types(_by_node(nodes, shapes, owners), shapes, counts, sharing, costs)
+
+
+def fewest_cells(
+    nodes: Sequence[Matrix],
+    shapes: Sequence[ArrayGeometry],
+    counts: Sequence[int | None],
+    sharing: Sharing = "time",
+    owners: Sequence[int] | None = None,
+) -> int:
+    """Fewest cells of allocated crossbars that could hold the weights; see `fewest_crossbars`."""
+    if len(shapes) == 1:
+        return _slots(_by_node(nodes, shapes, owners), shapes[0], sharing) * shapes[0].cells
+    costs = [shape.cells for shape in shapes]
+    return _several_types(_by_node(nodes, shapes, owners), shapes, counts, sharing, costs)
+
+
+_Demands = list[list[Demand | None]]
+
+
+def _by_node(nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], owners: Sequence[int] | None) -> _Demands:
+    """Demand of each node on each type."""
+    found: dict[int, list[Demand | None]] = {}
+    for index, matrix in enumerate(nodes):
+        own = found.setdefault(index if owners is None else owners[index], [Demand()] * len(shapes))
+        for kind, shape in enumerate(shapes):
+            before, more = own[kind], demand(matrix, shape)
+            own[kind] = None if before is None or more is None else before + more
+    return [own for own in found.values() if any(part is None or part.cells for part in own)]
+
+
+def _slots(demands: _Demands, shape: ArrayGeometry, sharing: Sharing) -> int:
+    """Slots of one type."""
+    parts = [own[0] for own in demands]
+    fitting = [part for part in parts if part is not None]
+    if len(fitting) < len(parts):
+        raise ChipError(f"one kernel is wider than a crossbar of {shape.rows} x {shape.cols} cells")
+    return fewest_slots(fitting, shape, sharing)
+
+
+def fewest_slots(demands: Sequence[Demand], shape: ArrayGeometry, sharing: Sharing) -> int:
+    """Fewest slots of one type (a slot is a crossbar, or a pair of them) for nodes that lie on it alone."""
+    if sharing == "exclusive":
+        return sum(_alone(part, shape, lines=True) for part in demands)
+    return _alone(sum(demands, Demand()), shape, lines=sharing == "diagonal")
+
+
+def _alone(part: Demand, shape: ArrayGeometry, *, lines: bool) -> int:
+    # An odd row of a crossbar is of no use where a weight takes two.
+    rows = shape.weight_rows * shape.encoding.rows_per_weight
+    if not part.cells:
+        return 0
+    cells = math.ceil(part.cells / (rows * shape.cols))
+    return max(cells, math.ceil(part.rows / rows), math.ceil(part.cols / shape.cols)) if lines else cells
+
+
+def _several_types(
+    demands: _Demands,
+    shapes: Sequence[ArrayGeometry],
+    counts: Sequence[int | None],
+    sharing: Sharing,
+    costs: Sequence[int],
+) -> int:
+    """Least cost; every node's cells may be split freely over the types."""
+    if not demands:
+        return 0
+    limits = [
+        None if count is None else count // shape.encoding.arrays_per_placement
+        for count, shape in zip(counts, shapes, strict=True)
+    ]
+    together = _program(demands, shapes, limits, costs, lines=sharing != "time")
+    if sharing != "exclusive":
+        return together
+    # Crossbars serve one node each; what one takes by itself is rounded up by itself.
+    return max(together, sum(_each(demands, shapes, limits, costs)))
+
+
+def _each(
+    demands: _Demands, shapes: Sequence[ArrayGeometry], limits: Sequence[int | None], costs: Sequence[int]
+) -> Iterable[int]:
+    known: dict[tuple[Demand | None, ...], int] = {}
+    for own in demands:
+        if tuple(own) not in known:
+            known[tuple(own)] = _program([own], shapes, limits, costs, lines=True)
+        yield known[tuple(own)]
+
+
+def _program(
+    demands: _Demands,
+    shapes: Sequence[ArrayGeometry],
+    limits: Sequence[int | None],
+    costs: Sequence[int],
+    *,
+    lines: bool,
+) -> int:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    nodes, types = len(demands), len(shapes)
+    # Costs are whole multiples of this unit, and so is the least of them.
+    unit = math.gcd(*costs)
+    # Variables: slots n[t], then the share x[node, t] of every node on every type.
+    cost = np.concatenate([np.array(costs) / unit, np.zeros(nodes * types)])
+    possible = [float(part is not None) for own in demands for part in own]
+    upper = np.concatenate([[np.inf if limit is None else limit for limit in limits], possible])
+    whole = np.zeros((nodes, types + nodes * types))
+    for n in range(nodes):
+        whole[n, types + n * types : types + (n + 1) * types] = 1
+    capacity = np.concatenate(list(_capacities(demands, shapes, lines=lines)))
+    with no_native_output():
+        result = milp(
+            cost,
+            integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
+            bounds=Bounds(np.zeros_like(upper), upper),
+            constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
+            options={"mip_rel_gap": 0.0},
+        )
+    if result.x is None:
+        raise DoesNotFitError("the weights have more cells than the chip; use fewer bits or a larger chip")
+    # The solver's own bound, not its solution: only that one is never too high.
+    return math.ceil(result.mip_dual_bound - 1e-6) * unit
+
+
+def _capacities(demands: _Demands, shapes: Sequence[ArrayGeometry], *, lines: bool) -> Iterable[NDArray[np.float64]]:
+    """Rows of constraints: slots of a type, less what the nodes' shares take of them, are not negative."""
+    types = len(shapes)
+    for t, shape in enumerate(shapes):
+        rows = shape.weight_rows * shape.encoding.rows_per_weight
+        if not rows:
+            continue
+        kept = [Demand() if own[t] is None else own[t] for own in demands]
+        parts = [part for part in kept if part is not None]
+        takes = [[part.thin_cells / (rows * shape.cols) for part in parts]]
+        if lines:
+            takes.append([part.thin_rows / rows for part in parts])
+            takes.append([part.thin_cols / shape.cols for part in parts])
+        table = np.zeros((len(takes), types + len(demands) * types))
+        table[:, t] = 1
+        table[:, types + t :: types] = -np.array(takes)
+        yield table
