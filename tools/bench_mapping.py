@@ -131,7 +131,7 @@ def manifest_bytes(nodes: Sequence[MappedNode], placement: Placement, seed: int,
         bits = _channel_bits(node, placement.matrices[node.name])
         scales = rng.uniform(1e-4, 1e-2, node.layout.channels).astype(np.float32)
         nothing = np.zeros(0, np.int8)
-        quantized.append(QuantizedNode(node, nothing, scales, bits, None, None, ActivationQuantizer(8, 0.02, 0)))
+        quantized.append(QuantizedNode(node, bits, nothing, scales, None, None, ActivationQuantizer(8, 0.02, 0)))
         emitted[node.name] = EmittedNames(*(f"{node.name}.{part}" for part in _EMITTED))
     names = tuple(node.name for node in nodes)
     context = ManifestContext(
