@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from raqu_onnx.annotations import PLACEMENT, QUANTIZED, mapped_nodes
-from raqu_onnx.placement import place
+from raqu_onnx.placement import PlacementMethod, place
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
@@ -27,11 +27,15 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
 
     Attributes:
         chip: The chip.
+        method: `exact` improves the fast placement where it leaves a gap.
+        max_crossbars: On a chip with several crossbar types, stay within so many even where that takes more cells.
     """
 
     name: ClassVar[str] = "place-crossbars"
 
     chip: Chip
+    method: PlacementMethod = "fast"
+    max_crossbars: int | None = None
 
     def requires(self, model: ir.Model) -> None:
         """Every mapped node is quantized."""
@@ -47,7 +51,7 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
         nodes = {QUANTIZED.require(node).node.name: node for node in mapped_nodes(model)}
         quantized = {name: QUANTIZED.require(node) for name, node in nodes.items()}
         matrices = {name: Matrix.of(item.node.layout, item.bits) for name, item in quantized.items()}
-        placement = place(matrices, self.chip)
+        placement = place(matrices, self.chip, method=self.method, max_crossbars=self.max_crossbars)
         PLACEMENT.set(model, placement)
         blocks: dict[str, int] = dict.fromkeys(nodes, 0)
         for placed in placement.blocks:

@@ -79,7 +79,10 @@ class SearchBitsPass(ir.passes.InPlacePass):
             kept=frozenset(index for index, node in enumerate(nodes) if KEPT.get(node) is not None),
             inputs=frozenset(index for index, node in enumerate(nodes) if INPUT.get(node)),
         )
-        problem = Problem(model, quantizer, self.chip, self.selection, settings, self.progress)
+        budget = self.goal.max_crossbars
+        problem = Problem(
+            model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget
+        )
         result = search(problem, self.goal)
         SEARCH.set(model, result)
         chosen = result.chosen.bits

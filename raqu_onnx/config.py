@@ -25,6 +25,7 @@ from raqu_onnx.cpu import SAFE_WEIGHT_BITS
 from raqu_onnx.data import PictureOptions
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.placement import PlacementMethod
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
 from raqu_onnx.scoring import Task
@@ -160,6 +161,9 @@ class OptimizeConfig(BaseModel):
     batch_size: int = Field(SearchSettings.batch_size, ge=1, strict=True, description="samples per run")
     seed: int = Field(SearchSettings.seed, ge=0, lt=2**31, strict=True, description="seed of everything random")
     threads: int | None = Field(None, ge=1, strict=True, description="threads of onnxruntime, default all")
+    placement: PlacementMethod = Field(
+        "fast", description="fast: constructive; exact: improved by an integer program where a gap is left"
+    )
     cells: bool = Field(False, strict=True, description="also write the level of every programmed cell")
     passes: str | None = Field(None, description="pipeline to run instead of the default one")
     skip: tuple[str, ...] = Field((), description="passes of the pipeline to leave out")

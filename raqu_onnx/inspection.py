@@ -110,13 +110,16 @@ def inspect(
     )
 
 
-def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -> tuple[Placement, bool]:
+def place_anyway(
+    matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing, max_crossbars: int | None = None
+) -> tuple[Placement, bool]:
     """Place a model within a chip's counts, or, where it does not fit, with as many crossbars as it takes.
 
     Args:
         matrices: Weights by node name.
         chip: The chip.
         sharing: The sharing mode.
+        max_crossbars: On a chip with several crossbar types, stay within so many where that can be done.
 
     Returns:
         The placement, and whether it stays within the counts.
@@ -125,9 +128,10 @@ def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -
         ChipError: A kernel fits no crossbar type.
     """
     try:
-        return place(matrices, chip, sharing=sharing), True
+        return place(matrices, chip, sharing=sharing, max_crossbars=max_crossbars), True
     except DoesNotFitError:
-        return place(matrices, chip, sharing=sharing, ignore_counts=True), False
+        free = place(matrices, chip, sharing=sharing, ignore_counts=True, max_crossbars=max_crossbars)
+        return free, False
 
 
 def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTiling]:

@@ -176,6 +176,7 @@ class _Run:
             validation=validation,
             levels=levels,
             lower_bound=None if placement is None else placement.lower_bound,
+            gap=None if placement is None else placement.gap,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
             warnings=(
                 *self.data.warnings,

@@ -144,7 +144,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # The integers written into the graph.
         InsertQDQPass(),
         # A place for every block of weights.
-        PlaceCrossbarsPass(chip),
+        PlaceCrossbarsPass(chip, method=config.placement, max_crossbars=config.max_crossbars),
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from raqu_onnx.bounds import DoesNotFitError, fewest_cells, fewest_crossbars
 from raqu_onnx.errors import ChipError
 from raqu_onnx.mixed_placement import place_blocks
-from raqu_onnx.placement_problem import Problem
+from raqu_onnx.placement_problem import MixedPlacement, Problem
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
 if TYPE_CHECKING:
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
     from raqu_onnx.hardware import Chip, Sharing
 
+PlacementMethod = Literal["fast", "exact"]
+
 __all__ = [
     "DoesNotFitError",
     "PlacedBlock",
     "Placement",
+    "PlacementMethod",
     "count_crossbars",
     "geometries",
     "lower_bound",
@@ -170,6 +173,7 @@ def place(
     sharing: Sharing | None = None,
     ignore_counts: bool = False,
     max_crossbars: int | None = None,
+    method: PlacementMethod = "fast",
 ) -> Placement:
     """Place every node of a model on a chip.
 
@@ -185,6 +189,8 @@ def place(
         ignore_counts: Use as many crossbars as needed, to say how many are missing.
         max_crossbars: On a chip with several types, stay within so many crossbars if that can be done, even where
             that takes more cells.
+        method: `exact` improves a fast placement that has a gap by an integer program, see
+            `raqu_onnx.exact_placement`.
 
     Raises:
         DoesNotFitError: The chip has too few crossbars.
@@ -196,22 +202,41 @@ def place(
         None if ignore_counts or kind.count is None else kind.count // shape.encoding.arrays_per_placement
         for shape, kind in zip(shapes, chip.crossbars, strict=True)
     )
-    if len(shapes) == 1:
-        for name, matrix in matrices.items():
-            tile(matrix, shapes[0], where=name)
-    found = place_blocks(Problem(matrices, shapes, limits, mode), max_crossbars)
+    problem = Problem(matrices, shapes, limits, mode)
+    found = place_blocks(problem, max_crossbars)
     if found is None:
         _raise_shortage(matrices, chip, mode)
-    names = list(matrices)
+    placement = _placement(problem, chip, found)
+    if method == "exact" and placement.gap > 0:
+        return _placement(problem, chip, _improved(problem, found, max_crossbars))
+    return placement
+
+
+def _placement(problem: Problem, chip: Chip, found: MixedPlacement) -> Placement:
+    names = list(problem.matrices)
     by_node: list[list[PlacedBlock]] = [[] for _ in names]
     for node, block, kind, spot in found.spots:
         by_node[node].append(PlacedBlock(names[node], block, kind, *spot))
     for blocks in by_node:
         blocks.sort(key=lambda item: (item.block.group, item.block.rows, item.block.columns))
-    return Placement(chip, mode, dict(matrices), tuple(block for blocks in by_node for block in blocks), found.opened)
+    in_order = tuple(block for blocks in by_node for block in blocks)
+    return Placement(chip, problem.mode, dict(problem.matrices), in_order, found.opened)
+
+
+def _improved(problem: Problem, fast: MixedPlacement, max_crossbars: int | None) -> MixedPlacement:
+    from raqu_onnx.exact_placement import improve
+
+    exact = improve(problem, fast)
+    crossbars = problem.cost(exact.opened)[1]
+    beyond = max_crossbars is not None and crossbars > max(max_crossbars, problem.cost(fast.opened)[1])
+    return fast if beyond else exact
 
 
 def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> NoReturn:
+    if len(chip.crossbars) == 1:
+        for name, matrix in matrices.items():
+            # Its message says by how much a kernel is too wide.
+            tile(matrix, geometries(chip)[0], where=name)
     for name, matrix in matrices.items():
         if all(_too_wide(name, matrix, shape) for shape in geometries(chip)):
             raise ChipError(f"{name}: one kernel is wider than every crossbar type of chip {chip.name}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.packing import Packer
 
-__all__ = ["Job", "MixedPlacement", "Problem", "Spot", "by_area", "pack"]
+__all__ = ["Job", "MixedPlacement", "Problem", "Spot", "by_area", "pack", "renumbered"]
 
 #: Index of the node and its block.
 Job = tuple[int, Block]
@@ -61,6 +61,20 @@ def pack(jobs: Sequence[Job], kind: int, packer: Packer) -> list[Spot] | None:
             return None
         spots.append((node, block, kind, spot))
     return spots
+
+
+def renumbered(spots: Sequence[Spot], kinds: int) -> MixedPlacement:
+    """Slots of each type numbered from 0 without a gap, in their order."""
+    used = sorted({(kind, at[0]) for _, _, kind, at in spots})
+    opened = [0] * kinds
+    numbers: dict[tuple[int, int], int] = {}
+    for kind, slot in used:
+        numbers[kind, slot] = opened[kind]
+        opened[kind] += 1
+    return MixedPlacement(
+        tuple((node, block, kind, (numbers[kind, at[0]], at[1], at[2])) for node, block, kind, at in spots),
+        tuple(opened),
+    )
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,12 @@ def _kept(model: ir.Model) -> frozenset[int]:
     return frozenset(index for index, node in enumerate(mapped_nodes(model)) if KEPT.get(node) is not None)
 
 
-def _place(model: ir.Model, chip: Chip, widths: Sequence[int]) -> tuple[Placement, bool]:
+def _place(
+    model: ir.Model, chip: Chip, widths: Sequence[int], max_crossbars: int | None = None
+) -> tuple[Placement, bool]:
     nodes = [MAPPED.require(node) for node in mapped_nodes(model)]
     matrices = {node.name: Matrix.of(node.layout, bits) for node, bits in zip(nodes, widths, strict=True)}
-    return place_anyway(matrices, chip, chip.sharing)
+    return place_anyway(matrices, chip, chip.sharing, max_crossbars)
 
 
 def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: frozenset[int]) -> None:
@@ -87,7 +89,7 @@ def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: fro
     """
     settings = replace(config.search_settings, kept=kept)
     smallest = settings.bits(len(mapped_nodes(model)), settings.weight_bits[0], None).weights
-    placed, fits = _place(model, chip, smallest)
+    placed, fits = _place(model, chip, smallest, config.max_crossbars)
     check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits)
 
 

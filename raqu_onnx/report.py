@@ -132,6 +132,9 @@ class Report(_Part):
         description="score of the emitted model on the evaluation data by onnxruntime optimization level"
     )
     lower_bound: int | None = Field(description="fewest crossbars that any placement of these bits could use")
+    gap: float | None = Field(
+        description="allocated cells over the fewest that any placement of these bits could take, less 1"
+    )
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
     front: list[FrontReport] = Field(description="by rising crossbars")

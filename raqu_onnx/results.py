@@ -73,6 +73,7 @@ class OptimizeResult:
         validation: Checks of the written files, None where the pipeline has no check.
         levels: Score of the emitted model on the evaluation data by onnxruntime optimization level.
         lower_bound: Fewest crossbars that could hold the chosen weights.
+        gap: Allocated cells over their lower bound, less 1.
         unmapped: Nodes left in float and why, as (name, type, reason).
         warnings: What a user must know.
         timings: Wall time of every pass.
@@ -93,6 +94,7 @@ class OptimizeResult:
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
     kept: tuple[tuple[str, str], ...] = ()
+    gap: float | None = None
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
 
     @property
@@ -124,6 +126,7 @@ class OptimizeResult:
             "figures": [_figures_json(item) for item in self.figures],
             "levels": {name: vars(score) for name, score in self.levels.items()},
             "lower_bound": self.lower_bound,
+            "gap": self.gap,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
             "front": [] if search is None else [_front_json(item) for item in search.front],

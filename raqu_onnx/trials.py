@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from raqu_onnx.cutting import fill
 from raqu_onnx.packing import Packer, new_packer
-from raqu_onnx.placement_problem import Job, MixedPlacement, Problem, Spot, by_area, pack
+from raqu_onnx.placement_problem import Job, MixedPlacement, Problem, Spot, by_area, pack, renumbered
 from raqu_onnx.regions import cut_for, cut_regions
 from raqu_onnx.tiling import Block
 
@@ -174,7 +174,7 @@ class Trials:
                 shape, limit = shapes[other], limits[other]
                 smaller = shape.cells < shapes[kind].cells and shape.rows >= rows and shape.cols >= cols
                 if smaller and (limit is None or opened[other] < limit):
-                    # New numbers lie beyond all old ones until `_renumbered`.
+                    # New numbers lie beyond all old ones until `renumbered`.
                     moved[kind, slot] = other, found.opened[other] + len(extents) + len(moved)
                     opened[other] += 1
                     opened[kind] -= 1
@@ -182,7 +182,7 @@ class Trials:
         spots = [
             (node, block, *moved.get((kind, at[0]), (kind, at[0])), at[1:]) for node, block, kind, at in found.spots
         ]
-        return _renumbered([(n, b, kind, (slot, *rest)) for n, b, kind, slot, rest in spots], len(shapes))
+        return renumbered([(n, b, kind, (slot, *rest)) for n, b, kind, slot, rest in spots], len(shapes))
 
     def _filled(self, best: MixedPlacement | None) -> MixedPlacement | None:
         """The same or a better placement, in as few cells (or crossbars) as cutting blocks can reach."""
@@ -227,7 +227,7 @@ class Trials:
                 reserve=reserve,
             )
             if spots is not None:
-                return _renumbered(spots, len(shapes))
+                return renumbered(spots, len(shapes))
         return None
 
     def _inventory(self, step: int) -> list[int] | None:
@@ -261,17 +261,3 @@ class Trials:
         """Cells of one array that the nodes program."""
         encoding = self._problem.shapes[self._kinds[0]].encoding
         return sum(self._problem.matrix(node).cells(encoding) for node in self._nodes) // encoding.arrays_per_placement
-
-
-def _renumbered(spots: Sequence[Spot], kinds: int) -> MixedPlacement:
-    """Slots of each type numbered from 0 without a gap, in their order."""
-    used = sorted({(kind, at[0]) for _, _, kind, at in spots})
-    opened = [0] * kinds
-    numbers: dict[tuple[int, int], int] = {}
-    for kind, slot in used:
-        numbers[kind, slot] = opened[kind]
-        opened[kind] += 1
-    return MixedPlacement(
-        tuple((node, block, kind, (numbers[kind, at[0]], at[1], at[2])) for node, block, kind, at in spots),
-        tuple(opened),
-    )

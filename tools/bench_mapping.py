@@ -29,7 +29,7 @@ from raqu_onnx.manifest_build import ManifestContext, build_manifest
 from raqu_onnx.model_io import load_model
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
-from raqu_onnx.placement import Placement, place
+from raqu_onnx.placement import Placement, PlacementMethod, place
 from raqu_onnx.quantized import ActivationQuantizer, EmittedNames, QuantizedNode
 from raqu_onnx.tiling import Matrix
 
@@ -82,7 +82,7 @@ def main() -> None:
                 matrices = matrices_of(nodes, bits, options.seed)
                 for array in options.arrays:
                     for sharing in options.sharing:
-                        row = measure(matrices, chip_of(array, sharing))
+                        row = measure(matrices, chip_of(array, sharing), options.placement)
                         print(_line(network, bits, array, sharing, *_cells(row)), flush=True)
                         if options.manifest:
                             started = time.perf_counter()
@@ -148,10 +148,10 @@ def _channel_bits(node: MappedNode, matrix: Matrix) -> NDArray[np.int64]:
     return bits
 
 
-def measure(matrices: Mapping[str, Matrix], chip: Chip) -> Row:
+def measure(matrices: Mapping[str, Matrix], chip: Chip, method: PlacementMethod) -> Row:
     """Pack once and compare."""
     started = time.perf_counter()
-    placement = place(matrices, chip)
+    placement = place(matrices, chip, method=method)
     seconds = time.perf_counter() - started
     best = None
     if len(chip.crossbars) > 1:
@@ -194,6 +194,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--arrays", nargs="+", choices=(*_ARRAYS, "64"), default=_ARRAYS)
     parser.add_argument("--sharing", nargs="+", choices=get_args(Sharing), default=get_args(Sharing))
     parser.add_argument("--bits", nargs="+", choices=widths, default=("8",))
+    parser.add_argument("--placement", choices=get_args(PlacementMethod), default="fast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--manifest", action="store_true", help="build the manifest too and print its size")
     return parser.parse_args()

@@ -129,7 +129,9 @@ def _print(manifest: Manifest) -> None:
         for total in totals.crossbars
     )
     out.print(f"{manifest.model.file} on {manifest.chip.name}")
-    out.print(f"crossbars: {used} (lower bound {totals.lower_bound}), {counted(totals.placements, 'placement')}")
+    gap = totals.cell_utilization.denominator / totals.lower_bound_cells - 1 if totals.lower_bound_cells else 0.0
+    bound = f"lower bound {totals.lower_bound}, gap of allocated cells {gap:.1%}"
+    out.print(f"crossbars: {used} ({bound}), {counted(totals.placements, 'placement')}")
     out.print(f"cell utilization {_share(totals.cell_utilization)}, bit {_share(totals.bit_utilization)}")
     out.print(SHARING_LEGEND[manifest.sharing])
     if manifest.calibration is not None and manifest.calibration.synthetic:

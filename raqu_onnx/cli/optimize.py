@@ -160,6 +160,11 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--skip", action="append", metavar="PASS", help="leave a pass out (may be repeated)")
     group.add_argument("--dump-after", action="append", metavar="PASS", help="write the model after a pass to dumps/")
     group.add_argument("--time-passes", action="store_true", help="print the time of every pass")
+    group.add_argument(
+        "--placement",
+        choices=["fast", "exact"],
+        help="exact: where the fast placement leaves a gap, improve it by an integer program (default: fast)",
+    )
     group.add_argument("--cells", action="store_true", default=None, help="also write every programmed cell, cells.npz")
 
 
@@ -167,7 +172,7 @@ _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
     "max_accuracy_drop", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
     "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples", "batch_size", "seed",
-    "threads", "passes", "skip", "dump_after", "cells",
+    "threads", "passes", "skip", "dump_after", "placement", "cells",
 )  # fmt: skip
 
 

@@ -140,7 +140,8 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
         if search.goal and search.best_uniform is None:
             yield "no uniform width serves the goal"
     if result.lower_bound is not None:
-        yield f"lower bound for these bits: {counted(result.lower_bound, 'crossbar')}"
+        gap = "" if result.gap is None else f"; gap of allocated cells {result.gap:.1%}"
+        yield f"lower bound for these bits: {counted(result.lower_bound, 'crossbar')}{gap}"
     data = result.data.get("evaluation")
     for level, score in result.levels.items():
         where = "" if data is None else f" on {data.name}"
@@ -197,6 +198,6 @@ def _bound(result: Inspection) -> str:
     from raqu_onnx.placement import DoesNotFitError
 
     try:
-        return counted(result.packed.lower_bound, "crossbar")
+        return f"{counted(result.packed.lower_bound, 'crossbar')}; gap of allocated cells {result.packed.gap:.1%}"
     except DoesNotFitError as error:
         return str(error)

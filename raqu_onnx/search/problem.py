@@ -52,6 +52,7 @@ class Problem:
         selection: Data that candidates are judged on.
         settings: How the search is run.
         progress: Told of every evaluation.
+        max_crossbars: The budget; on a chip with several crossbar types, placements stay within it where they can.
     """
 
     def __init__(
@@ -62,10 +63,13 @@ class Problem:
         selection: Dataset,
         settings: SearchSettings,
         progress: ProgressCallback = no_progress,
+        *,
+        max_crossbars: int | None = None,
     ) -> None:
         self.quantizer = quantizer
         self.chip = chip
         self.settings = settings
+        self.max_crossbars = max_crossbars
         self.progress = progress
         self.nodes: list[MappedNode] = [source.node for source in quantizer.sources.values()]
         self.names = tuple(node.name for node in self.nodes)
@@ -101,7 +105,7 @@ class Problem:
     def _count(self, weights: tuple[int, ...], mode: Sharing) -> int | None:
         matrices = {name: self.matrix(index, weights[index]) for index, name in enumerate(self.names)}
         try:
-            return place(matrices, self.chip, sharing=mode).crossbars
+            return place(matrices, self.chip, sharing=mode, max_crossbars=self.max_crossbars).crossbars
         except DoesNotFitError:
             return None
 
@@ -111,7 +115,7 @@ class Problem:
         if found is not None:
             return found
         matrices = {name: self.matrix(index, weights[index]) for index, name in enumerate(self.names)}
-        return place(matrices, self.chip, ignore_counts=True).crossbars
+        return place(matrices, self.chip, ignore_counts=True, max_crossbars=self.max_crossbars).crossbars
 
     def exclusive_crossbars(self, weights: tuple[int, ...]) -> int:
         """Crossbars with one node in each, the chip's counts ignored."""
