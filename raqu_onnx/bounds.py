@@ -69,19 +69,35 @@ class Demand:
         return Demand(*(count * value for value in astuple(self)))
 
 
-def demand(matrix: Matrix, geometry: ArrayGeometry) -> Demand | None:
-    """What a node takes of a crossbar type, None where one of its kernels is too wide for it."""
+def demand(matrix: Matrix, geometry: ArrayGeometry, *, partly: bool = False) -> Demand | None:
+    """What a node takes of a crossbar type.
+
+    Args:
+        matrix: The node's weights.
+        geometry: The type.
+        partly: Kernels that are too wide for this type lie on another one.
+
+    Returns:
+        The demand; only its fractions mean anything with `partly`. None where a kernel is too wide, or all are.
+    """
     if geometry.weight_rows < 1 or geometry.weight_cols < 1:
         return None if matrix.cells(geometry.encoding) else Demand()
     patterns, counts = np.unique(matrix.bits, axis=0, return_counts=True)
-    total = Demand()
+    total: Demand | None = None
     for bits, count in zip(patterns, counts.tolist(), strict=True):
         order = column_order(bits, geometry.encoding)
-        try:
-            cuts = len(column_cuts(order, geometry, "matrix"))
-        except ChipError:
-            return None
-        total += _of_group(matrix.rows, int(order.starts[-1]), cuts, geometry).times(count)
+        widths = np.diff(order.starts)
+        if partly and (geometry.split_slices or not widths.size or widths.min() <= geometry.weight_cols):
+            cuts = 0
+        else:
+            try:
+                cuts = len(column_cuts(order, geometry, "matrix"))
+            except ChipError:
+                if partly:
+                    continue
+                return None
+        found = _of_group(matrix.rows, int(order.starts[-1]), cuts, geometry).times(count)
+        total = found if total is None else total + found
     return total
 
 
@@ -149,7 +165,7 @@ def _by_node(nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], owners: S
     for index, matrix in enumerate(nodes):
         own = found.setdefault(index if owners is None else owners[index], [Demand()] * len(shapes))
         for kind, shape in enumerate(shapes):
-            before, more = own[kind], demand(matrix, shape)
+            before, more = own[kind], demand(matrix, shape, partly=len(shapes) > 1)
             own[kind] = None if before is None or more is None else before + more
     return [own for own in found.values() if any(part is None or part.cells for part in own)]
 

@@ -34,6 +34,8 @@ class Trials:
         """The best of all that fit."""
         if not self._nodes:
             return MixedPlacement((), (0,) * len(self._problem.shapes))
+        if any(all(self._problem.tiles(kind, node) is None for kind in self._kinds) for node in self._nodes):
+            return None
         several, in_time = len(self._kinds) > 1, self._problem.mode == "time"
         # Filling comes close to the bound, which spares most of the other trials.
         best = self._filled(None) if several and in_time else None

@@ -138,7 +138,7 @@ def assert_sound(placement: Placement) -> None:
 
 
 @given(matrices=models(), chip=chips())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_placement_is_sound(matrices: dict[str, Matrix], chip: Chip) -> None:
     if not all(fits_a_type(matrix, chip) for matrix in matrices.values()):
         with pytest.raises(ChipError, match=r"^node\d: .*(wider than every crossbar|takes \d+ columns|cannot hold)"):

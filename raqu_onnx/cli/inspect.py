@@ -80,4 +80,15 @@ def _totals(placement: Any) -> dict[str, Any]:
         "crossbars_by_type": list(placement.crossbars_by_type),
         "cell_utilization": placement.cell_utilization,
         "bit_utilization": placement.bit_utilization,
+        "gap": _gap(placement),
     }
+
+
+def _gap(placement: Any) -> float | None:
+    """Allocated cells over their lower bound, less 1; None where the chip has too few cells for any placement."""
+    from raqu_onnx.placement import DoesNotFitError
+
+    try:
+        return float(placement.gap)
+    except DoesNotFitError:
+        return None
