@@ -12,6 +12,7 @@ and the best one is kept.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raqu_onnx.placement_problem import MixedPlacement, Problem
@@ -49,8 +50,20 @@ def place_blocks(problem: Problem, max_crossbars: int | None = None) -> MixedPla
             if found is not None and (best is None or key(found) < key(best)):
                 best = found
         if len(problem.shapes) == 1 or (best is not None and not key(best)[0]):
-            return best
-    return best
+            break
+    return _without_limits(problem, max_crossbars) if best is None else best
+
+
+def _without_limits(problem: Problem, max_crossbars: int | None) -> MixedPlacement | None:
+    """What is placed with any number of crossbars may stay within the limits in the end."""
+    if len(problem.shapes) == 1 or all(limit is None for limit in problem.limits):
+        return None
+    free = replace(problem, limits=(None,) * len(problem.shapes))
+    found = place_blocks(free, max_crossbars)
+    if found is None:
+        return None
+    within = (limit is None or n <= limit for n, limit in zip(found.opened, problem.limits, strict=True))
+    return found if all(within) else None
 
 
 def _assignments(problem: Problem) -> Iterator[list[list[int]]]:

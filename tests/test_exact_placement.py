@@ -79,7 +79,7 @@ def test_exact_is_better_where_best_fit_fails() -> None:
     sharing=st.sampled_from(["exclusive", "diagonal", "time"]),
     limited=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_exact_is_sound_and_never_worse(
     sizes: list[tuple[int, int]], arrays: tuple[tuple[int, int], ...], sharing: Sharing, limited: bool
 ) -> None:

@@ -26,13 +26,13 @@ from raqu_onnx.graph_edit import infer_shapes
 from raqu_onnx.hardware import Chip, CrossbarType
 from raqu_onnx.layout import MappedNode
 from raqu_onnx.manifest import DataProvenance, digest_of, read_manifest
-from raqu_onnx.manifest_build import ManifestContext, build_manifest
+from raqu_onnx.manifest_build import ManifestContext, build_manifest, encoding_entry
 from raqu_onnx.manifest_stages import execution_order
 from raqu_onnx.mapping import scan
 from raqu_onnx.model_io import load_model, model_digest
 from raqu_onnx.placement import place
 from raqu_onnx.quantized import ActivationQuantizer, EmittedNames, QuantizedNode
-from raqu_onnx.tiling import Matrix
+from raqu_onnx.tiling import ArrayGeometry, Matrix
 from raqu_onnx.validate_phases import FolderChecks
 from raqu_onnx.validate_report import Checklist, ValidationReport
 from raqu_onnx.validation import validate
@@ -260,11 +260,56 @@ def test_sound_folder_passes(name: str, net: Callable[[], onnx.ModelProto], tmp_
     assert {"cells.mvm", "cells.codes", "run.levels-agree"} <= {check.name for check in report.checks}
 
 
-def test_several_crossbar_types_pass(tmp_path: Path) -> None:
-    types = tuple(CrossbarType(name=f"t{n}", rows=n, cols=n, cell_bits=2, count=60) for n in (16, 64, 128))
-    chip = Chip(schema_version=1, name="test", encoding="offset", sharing="time", dac_bits=1, crossbars=types)
-    write_folder(tmp_path, chip)
+def chip_of_sizes(*types: tuple[int, int, int], **more: Any) -> Chip:
+    """A chip with crossbars of so many rows, columns and bits per cell."""
+    kinds = tuple(
+        CrossbarType(name=f"t{n}", rows=rows, cols=cols, cell_bits=bits, count=60)
+        for n, (rows, cols, bits) in enumerate(types)
+    )
+    values: Json = {"schema_version": 1, "name": "test", "encoding": "offset", "sharing": "time", "dac_bits": 1}
+    return Chip(**{**values, **more}, crossbars=kinds)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"sharing": "exclusive", "split_slices": True},
+        {"sharing": "diagonal", "offset_sum": "unit-column"},
+        {"encoding": "differential-row"},
+        {"encoding": "differential-column", "polarity_arrays": "pair", "sharing": "exclusive"},
+    ],
+)
+def test_nodes_on_several_crossbar_types_pass(more: Json, tmp_path: Path) -> None:
+    write_folder(tmp_path, chip_of_sizes((16, 16, 2), (64, 64, 2), (30, 11, 2), **more))
+    manifest = read_manifest(tmp_path / "manifest.json")
+    assert max(len({placement.type for placement in node.placements}) for node in manifest.nodes) > 1
     assert validate(tmp_path, threads=1).failures == ()
+
+
+def test_types_with_cells_of_different_bits_pass(tmp_path: Path) -> None:
+    write_folder(tmp_path, chip_of_sizes((16, 16, 2), (64, 64, 1), (30, 11, 3)))
+    assert validate(tmp_path, threads=1).failures == ()
+
+
+def test_a_node_on_cells_of_different_bits_is_found(tmp_path: Path) -> None:
+    """Its columns would mean something else on each type."""
+    chip = chip_of_sizes((16, 16, 2), (16, 16, 4), sharing="exclusive")
+    write_folder(tmp_path, chip)
+
+    def spread(data: Json) -> None:
+        used = next(node for node in data["nodes"] if len(node["placements"]) > 1)
+        kind = used["placements"][0]["type"]
+        used["placements"][0]["type"] = 1 - kind
+        other = ArrayGeometry.of(chip, chip.crossbars[1 - kind])
+        widths = sorted({bits for bits, _ in used["bits"] if bits})
+        data["encodings"].append(encoding_entry(1 - kind, other, widths).model_dump(mode="json"))
+
+    edit(tmp_path / "manifest.json", spread)
+    checklist = Checklist()
+    FolderChecks(tmp_path, checklist).run(load_model(tmp_path / "model.onnx", check_weights=False))
+    details = " ".join(check.detail for check in ValidationReport(tuple(checklist.checks)).failures)
+    assert "lies on crossbar types whose cells hold [2, 4] bits" in details
 
 
 def test_node_without_any_kernel_passes(tmp_path: Path) -> None:
@@ -432,6 +477,7 @@ DAMAGE: list[tuple[str, str, Callable[[Json], None], str]] = [
     ("weight bits", ISAAC, bump("totals", "bit_utilization", "numerator"), "totals.figures"),
     ("allocated bits", ISAAC, bump("totals", "bit_utilization", "denominator"), "totals.figures"),
     ("lower bound", ISAAC, bump("totals", "lower_bound"), "totals.figures"),
+    ("lower bound of cells", ISAAC, bump("totals", "lower_bound_cells"), "totals.figures"),
     ("dropped total", ISAAC, bump("totals", "dropped_kernels"), "totals.figures"),
     ("executable", ISAAC, put("executable", value=False), "node.activation"),
     ("node lost", ISAAC, lambda data: data["nodes"].pop(), "model.unmapped"),
