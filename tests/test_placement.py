@@ -361,7 +361,6 @@ def test_a_mixed_chip_cuts_blocks_for_the_size_that_is_left() -> None:
     # 60 + 40 + 696 cells: three large crossbars hold 768 of them.
     assert placement.crossbars_by_type == (3, 1)
     assert placement.allocated_cells == placement.lower_bound_cells == 3 * 256 + 64
-    assert placement.types_by_node["c"] in {(0,), (0, 1)}
     assert_sound(placement)
 
 
@@ -370,7 +369,6 @@ def test_blocks_of_one_node_lie_on_two_types() -> None:
     placement = place({"a": uniform(24, 4, 8)}, chip)
     assert placement.types_by_node == {"a": (0, 1)}
     assert placement.crossbars_by_type == (1, 1)
-    assert placement.gap == 0
     assert_sound(placement)
 
 
