@@ -15,7 +15,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from raqu_onnx.placement_problem import MixedPlacement, Problem
+from raqu_onnx.placement_problem import MixedPlacement, Problem, renumbered
 from raqu_onnx.trials import Trials
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def place_blocks(problem: Problem, max_crossbars: int | None = None) -> MixedPla
                 best = found
         if len(problem.shapes) == 1 or (best is not None and not key(best)[0]):
             break
-    return _without_limits(problem, max_crossbars) if best is None else best
+    moved = _without_limits(problem, max_crossbars)
+    return moved if moved is not None and (best is None or key(moved) < key(best)) else best
 
 
 def _without_limits(problem: Problem, max_crossbars: int | None) -> MixedPlacement | None:
@@ -62,8 +63,34 @@ def _without_limits(problem: Problem, max_crossbars: int | None) -> MixedPlaceme
     found = place_blocks(free, max_crossbars)
     if found is None:
         return None
-    within = (limit is None or n <= limit for n, limit in zip(found.opened, problem.limits, strict=True))
-    return found if all(within) else None
+    return _promoted(problem, found)
+
+
+def _promoted(problem: Problem, found: MixedPlacement) -> MixedPlacement | None:
+    """Crossbars beyond the limit of their type become larger ones; None where there are not enough."""
+    shapes, opened = problem.shapes, list(found.opened)
+    moved: dict[tuple[int, int], tuple[int, int]] = {}
+    for kinds in problem.classes:
+        for kind in reversed(kinds):
+            limit = problem.limits[kind]
+            for slot in range(opened[kind] - 1, opened[kind] - 1 if limit is None else limit - 1, -1):
+                larger = (
+                    other
+                    for other in reversed(kinds)
+                    if (shapes[other].rows >= shapes[kind].rows and shapes[other].cols >= shapes[kind].cols)
+                    and other != kind
+                    and (problem.limits[other] is None or opened[other] < (problem.limits[other] or 0))
+                )
+                other = next(larger, None)
+                if other is None:
+                    return None
+                moved[kind, slot] = other, opened[other]
+                opened[other] += 1
+    spots = []
+    for node, block, kind, at in found.spots:
+        other, slot = moved.get((kind, at[0]), (kind, at[0]))
+        spots.append((node, block, other, (slot, at[1], at[2])))
+    return renumbered(spots, len(shapes))
 
 
 def _assignments(problem: Problem) -> Iterator[list[list[int]]]:
