@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from raqu_onnx.annotations import PLACEMENT, QUANTIZED, mapped_nodes
 from raqu_onnx.placement import place
-from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
     from raqu_onnx.hardware import Chip
@@ -46,7 +45,7 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
         """
         nodes = {QUANTIZED.require(node).node.name: node for node in mapped_nodes(model)}
         quantized = {name: QUANTIZED.require(node) for name, node in nodes.items()}
-        matrices = {name: Matrix.of(item.node.layout, item.bits) for name, item in quantized.items()}
+        matrices = {name: item.matrix() for name, item in quantized.items()}
         placement = place(matrices, self.chip)
         PLACEMENT.set(model, placement)
         blocks: dict[str, int] = dict.fromkeys(nodes, 0)

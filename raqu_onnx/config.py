@@ -42,6 +42,9 @@ __all__ = [
     "to_toml",
 ]
 
+# Kernels of a layer that share a width.
+_GROUPS = {"layer": None, "kernel": 1}
+
 #: Points of accuracy that may be lost when neither a budget nor a drop is given.
 DEFAULT_ACCURACY_DROP = 0.5
 
@@ -92,6 +95,13 @@ def _pattern_list(value: object) -> object:
     return split_patterns(value) if isinstance(value, str) else value
 
 
+def _granularity(value: object) -> object:
+    """Check ``layer``, ``kernel`` or ``group:N``."""
+    if isinstance(value, str) and re.fullmatch(r"layer|kernel|group:0*[1-9]\d*", value):
+        return value
+    raise ValueError(f"{value!r} is no granularity: give layer, kernel or group:N, such as group:8")
+
+
 BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
 OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
 
@@ -133,6 +143,10 @@ class OptimizeConfig(BaseModel):
     input_bits: int = Field(
         SearchSettings.input_bits, ge=2, le=8, strict=True, description="width of the model's own inputs"
     )
+    granularity: Annotated[str, BeforeValidator(_granularity)] = Field(
+        "kernel", description="what has a width of its own: layer, kernel, or group:N for groups of N kernels"
+    )
+    drop: bool = Field(True, strict=True, description="kernels may get 0 bits, where a layer has no single width")
     task: Task = Field("auto", description="what the outputs are: class scores, or values that all count")
     exclude: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = Field(
         (), description="nodes that stay as they are: names, operator types or regular expressions"
@@ -213,6 +227,8 @@ class OptimizeConfig(BaseModel):
             weight_bits=(min(low, most), min(high, most)),
             activation_bits=self.activation_bits,
             evaluations=self.evaluations,
+            group=_GROUPS[self.granularity] if self.granularity in _GROUPS else int(self.granularity.split(":")[1]),
+            drop=self.drop,
             sensitivity_samples=self.sensitivity_samples,
             batch_size=self.batch_size,
             seed=self.seed,

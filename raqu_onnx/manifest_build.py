@@ -233,9 +233,16 @@ def _node(item: QuantizedNode, names: EmittedNames, blocks: Sequence[PlacedBlock
         scales=tuple(_shortest(scale) for scale in item.scales),
         kernel_order=_kernel_order(kernel_bits),
         dropped_kernels=to_ranges(np.flatnonzero(item.bits == 0)),
-        rows_not_stored=(),
+        rows_not_stored=_rows_not_stored(item),
         placements=tuple(_placements(kernel_bits, blocks, placement.geometries)),
     )
+
+
+def _rows_not_stored(item: QuantizedNode) -> tuple[tuple[int, int, int], ...]:
+    if item.stored is None:
+        return ()
+    missing = (to_ranges(np.flatnonzero(~rows)) for rows in item.stored)
+    return tuple((group, first, last) for group, ranges in enumerate(missing) for first, last in ranges)
 
 
 def _shortest(value: np.float32) -> float:

@@ -292,7 +292,7 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
     modes: tuple[tuple[str, Sharing], ...] = (("unpacked", "exclusive"), ("packed", chip.sharing))
     for item in baselines:
         kind = "best uniform" if item is found.best_uniform else "uniform"
-        others = set(item.bits.weights) - {item.weight_bits}
+        others = set(item.bits.by_node.values()) - {item.weight_bits}
         but = f", kept at {max(others)}" if others else ""
         evaluation = judge.uniform(item)
         sources = zip(quantizer.sources.items(), item.bits.weights, strict=True)
@@ -339,7 +339,7 @@ def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:
 def _mean_bits(model: ir.Model) -> tuple[float, float | None]:
     """Mean bits per weight, and mean bits of the inputs of mapped nodes."""
     quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
-    sizes = [Matrix.of(item.node.layout, item.bits) for item in quantized]
+    sizes = [item.matrix() for item in quantized]
     weights = sum(matrix.weight_bits for matrix in sizes) / sum(matrix.rows * matrix.bits.size for matrix in sizes)
     activations = [item.activation.bits for item in quantized if item.activation is not None]
     return weights, sum(activations) / len(activations) if activations else None

@@ -101,6 +101,8 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
     """Passes of a whole run, in order."""
     chip = resources.chip
     bits, activation_bits = config.search_settings.widest
+    # What a kernel's own width costs is told by the second moments of what drives it.
+    kernels = config.search_settings.group is not None and not config.search_settings.is_uniform
     return [
         # Constants folded, BatchNormalization gone, every node named, shapes known.
         TidyPass(exclude=config.exclude),
@@ -113,8 +115,8 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             resources.calibration,
             batch_size=config.batch_size,
             threads=config.threads,
-            moments=config.weight_method != "nearest",
-            pairs=config.weight_method == "gptq",
+            moments=config.weight_method != "nearest" or kernels,
+            pairs=config.weight_method == "gptq" or (kernels and config.weight_method == "sequential"),
         ),
         # Bits of every node, judged on data that calibration has not seen.
         SearchBitsPass(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.config import OptimizeConfig
     from raqu_onnx.placement import Placement
+    from raqu_onnx.search import NodeWidth
 
 __all__ = ["plan"]
 
@@ -73,7 +74,7 @@ def _kept(model: ir.Model) -> frozenset[int]:
     return frozenset(index for index, node in enumerate(mapped_nodes(model)) if KEPT.get(node) is not None)
 
 
-def _place(model: ir.Model, chip: Chip, widths: Sequence[int]) -> tuple[Placement, bool]:
+def _place(model: ir.Model, chip: Chip, widths: Sequence[NodeWidth]) -> tuple[Placement, bool]:
     nodes = [MAPPED.require(node) for node in mapped_nodes(model)]
     matrices = {node.name: Matrix.of(node.layout, bits) for node, bits in zip(nodes, widths, strict=True)}
     return place_anyway(matrices, chip, chip.sharing)
@@ -86,6 +87,9 @@ def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: fro
         DoesNotFitError: They do not.
     """
     settings = replace(config.search_settings, kept=kept)
+    if settings.drops:
+        # How many kernels can go is known only when their losses are.
+        return
     smallest = settings.bits(len(mapped_nodes(model)), settings.weight_bits[0], None).weights
     placed, fits = _place(model, chip, smallest)
     check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits)

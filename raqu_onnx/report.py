@@ -95,7 +95,7 @@ class FrontReport(_Part):
         description="what the search minimizes: top-1 error where there are labels, plus KL (or noise over signal)"
     )
     score: ScoreReport = Field(description="on the selection data")
-    weights: list[int] = Field(description="weight bits, in the order of `nodes`")
+    weights: list[float] = Field(description="mean weight bits per kernel, in the order of `nodes`")
     activations: list[int] | None = Field(description="activation bits, in the same order")
     origin: str = Field(description="what proposed it")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raqu_onnx.json_values import finite
 from raqu_onnx.report import VERSION, Report
 
@@ -179,7 +181,7 @@ def _front_json(item: Evaluation) -> dict[str, Any]:
         "crossbars": item.crossbars,
         "loss": item.score.loss,
         "score": vars(item.score),
-        "weights": list(item.bits.weights),
+        "weights": [float(np.mean(width)) for width in item.bits.weights],
         "activations": None if item.bits.activations is None else list(item.bits.activations),
         "origin": item.origin,
     }

@@ -213,7 +213,7 @@ def test_a_dry_run_sees_that_no_widths_can_fit(
     cli: Cli, workspace: Path, options: tuple[str, ...], advice: str, absent: str
 ) -> None:
     assert workspace.is_dir()
-    run = (*RUN, "--max-crossbars", "1", *options)
+    run = (*RUN, "--max-crossbars", "1", "--no-drop", *options)
     dry = cli(*run, "--dry-run")
     assert dry.code == 2
     assert dry.err.startswith("error: 1 crossbars are too few: the smallest widths, ")

@@ -38,7 +38,8 @@ class FakeProblem:
     """A chip whose crossbars are filled cell by cell, and a loss with an interaction that no additive table sees."""
 
     def __init__(self, sizes: list[int], sensitivities: list[float], **options: Any) -> None:
-        self.settings = SearchSettings(**options)
+        # Widths of whole nodes; those of kernels need a real model.
+        self.settings = SearchSettings(group=None, **options)
         self.nodes = [SimpleNamespace(name=f"n{i}", mvms=1) for i in range(len(sizes))]
         self.names = tuple(node.name for node in self.nodes)
         kind = SimpleNamespace(rows=8, cols=8, count=None)

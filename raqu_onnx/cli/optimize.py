@@ -60,7 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_common(parser)
     _add_data(parser.add_argument_group("data"))
     _add_goal(parser.add_argument_group("chip and goal"))
-    _add_method(parser.add_argument_group("method"))
+    method = parser.add_argument_group("method")
+    _add_granularity(method)
+    _add_method(method)
     _add_pipeline(parser.add_argument_group("pipeline"))
     parser.set_defaults(run=_run)
 
@@ -124,6 +126,22 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_granularity(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--granularity",
+        metavar="layer|group:N|kernel",
+        help="what gets a width of its own: every layer, groups of N kernels of a layer, or every kernel (default)",
+    )
+    group.add_argument(
+        "--no-drop",
+        dest="drop",
+        action="store_false",
+        default=None,
+        help="give every kernel at least the smallest width; by default kernels that carry least may get 0 bits, take "
+        "no columns, and the next layer makes up for them",
+    )
+
+
 def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-method", choices=["nearest", "mse", "gptq", "sequential"], help="default: sequential")
     group.add_argument(
@@ -166,8 +184,8 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
     "max_accuracy_drop", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
-    "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples", "batch_size", "seed",
-    "threads", "passes", "skip", "dump_after", "cells",
+    "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples",
+    "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
 )  # fmt: skip
 
 

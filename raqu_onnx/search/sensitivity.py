@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from raqu_onnx.search.problem import Problem
 
 __all__ = ["Sensitivity", "measure_sensitivity"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
     return Sensitivity(_falling(weights), None if activations is None else _falling(activations))
 
 
-def _changed(widths: tuple[int, ...], node: int, bits: int) -> tuple[int, ...]:
+def _changed(widths: tuple[T, ...], node: int, bits: T) -> tuple[T, ...]:
     return (*widths[:node], bits, *widths[node + 1 :])
 
 
