@@ -47,8 +47,8 @@ class TidyPass(ir.passes.InPlacePass):
 
     In this order: weights stop being optional inputs, local functions are inlined, the opset is raised or lowered,
     constants are folded, Identity nodes are read through, every node gets a name of its own, Gemm is normalized,
-    BatchNormalization is folded, layers of float16 compute in float, shapes are inferred, and a MatMul takes up the
-    bias behind it. What the user sees stays: names, types and dynamic dimensions of the inputs to feed and of the
+    BatchNormalization is folded, shapes are inferred, a MatMul takes up the bias behind it, and layers of float16
+    compute in float. What the user sees stays: names, types and dynamic dimensions of the inputs to feed and of the
     outputs, metadata, and the nodes that nothing was folded into.
 
     Attributes:
@@ -82,11 +82,12 @@ class TidyPass(ir.passes.InPlacePass):
         modified |= name_nodes(model)
         modified |= NormalizeGemmPass(self.exclude)(model).modified
         modified |= FoldBatchNormPass(self.exclude)(model).modified
+        # Only shapes tell a stack of matrices from a matrix.
+        modified |= infer_shapes(model)
+        # While nothing stands between a MatMul and its bias, as the Casts of a layer of float16 will.
+        modified |= FuseMatMulBiasPass(self.exclude)(model).modified
         modified |= WidenHalfPass(self.exclude)(model).modified
         modified |= _set_outputs_apart(model)
-        modified |= infer_shapes(model)
-        # Only shapes tell a stack of matrices from a matrix.
-        modified |= FuseMatMulBiasPass(self.exclude)(model).modified
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:
