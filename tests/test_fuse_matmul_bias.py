@@ -50,10 +50,11 @@ def same(model: ir.Model, proto: onnx.ModelProto, shape: tuple[int, ...]) -> boo
 
 @pytest.mark.parametrize("bias", ["b", "row", "one"])
 @pytest.mark.parametrize("order", ["m, {}", "{}, m"])
-def test_a_matrix_becomes_a_gemm(bias: str, order: str) -> None:
+@pytest.mark.parametrize("operator", ["Add", "Sum"])
+def test_a_matrix_becomes_a_gemm(bias: str, order: str, operator: str) -> None:
     model, proto, modified = fused(
         f"g (float[n, 4] x) => (float[n, 3] y, float[n, 3] z)"
-        f"{{ [fc] m = MatMul (x, w) y = Add ({order.format(bias)}) z = Relu (y) }}"
+        f"{{ [fc] m = MatMul (x, w) y = {operator} ({order.format(bias)}) z = Relu (y) }}"
     )
     assert modified
     assert [(node.op_type, node.name) for node in model.graph] == [("Gemm", "fc"), ("Relu", "Relu_0")]
@@ -82,6 +83,7 @@ def test_a_stack_of_matrices_gets_a_wide_constant() -> None:
         "g (float[2, 4] x) => (float[2, 3] y) { m = MatMul (x, w) y = Add (m, rows) }",
         "g (float[n, 4] x) => (float[1, n, 3] y) { m = MatMul (x, w) y = Add (m, stack) }",
         "g (float[n, 4] x) => (float[n, 3] y) { m = MatMul (x, w) y = Sub (m, b) }",
+        "g (float[n, 4] x) => (float[n, 3] y) { m = MatMul (x, w) y = Sum (m, b, b) }",
         "g (float[4] x) => (float[3] y) { m = MatMul (x, w) y = Add (m, b) }",
         "g (float[3, 4] x) => (float[4, 4] y) { m = MatMul (w, x) y = Add (m, one) }",
     ],
