@@ -107,7 +107,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # Constants folded, BatchNormalization gone, every node named, shapes known.
         TidyPass(exclude=config.exclude),
         # Which nodes crossbars compute, why others stay in float, and which keep 8 bits.
-        AnnotateTilingPass(exclude=config.exclude, keep=config.keep),
+        AnnotateTilingPass(exclude=config.exclude, keep=config.keep, input_bits=config.input_bits),
         # Channels scaled so that they use the codes of their activations equally.
         *([_equalize(config, resources)] if config.equalize else []),
         # Ranges and second moments of the inputs of those nodes.
@@ -201,6 +201,7 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
         ConfigError: A pass or an option is unknown, a value has the wrong type, or settings contradict each other.
     """
     _require_parts(config)
+    _require_effect(config)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
         defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}
@@ -225,6 +226,24 @@ def _require_parts(config: OptimizeConfig) -> None:
             raise ConfigError(
                 f"--fit-without: weight method {config.weight_method} has no part {part!r}; its parts are: {named}"
             )
+
+
+def _require_effect(config: OptimizeConfig) -> None:
+    """Make sure that no setting is given that another one leaves without effect.
+
+    A value that is the default cannot be told from none: configurations that were written down give all of them.
+    """
+    defaults = type(config).model_fields
+    if config.weight_method != "sequential" and config.fit_samples != defaults["fit_samples"].default:
+        on = "no samples" if config.weight_method == "nearest" else "statistics of all calibration samples"
+        raise ConfigError(
+            f"--fit-samples: weight method {config.weight_method} fits on {on}; leave it out, or use `--weight-method "
+            "sequential`"
+        )
+    if config.activation_bits is None and config.input_bits != defaults["input_bits"].default:
+        raise ConfigError(
+            "--input-bits: with `--activation-bits float` the model's own inputs stay float too; leave one of them out"
+        )
 
 
 def _require_known(option: str, wanted: Iterable[str], passes: Iterable[ir.passes.PassBase]) -> None:

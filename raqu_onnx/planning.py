@@ -50,7 +50,7 @@ def plan(
         data = open_run_data(loaded, config)
         passes = build_pipeline(config, Resources(chip, data.calibration, data.selection, Path()))
         tidied = TidyPass(exclude=config.exclude)(loaded).model
-        AnnotateTilingPass(config.exclude, config.keep)(tidied)
+        AnnotateTilingPass(config.exclude, config.keep, config.input_bits)(tidied)
     kept = _kept(tidied)
     _require_room(tidied, chip, config, kept)
     nodes = mapped_nodes(tidied)

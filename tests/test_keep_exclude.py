@@ -165,6 +165,48 @@ def test_what_cannot_be_kept_is_told(cli: Cli, workspace: Path, pattern: str, sa
         assert said in ran.err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--fit-samples", "64", "--weight-method", "gptq"),
+            "--fit-samples: weight method gptq fits on statistics of all",
+        ),
+        (
+            ("--fit-samples", "64", "--weight-method", "nearest"),
+            "--fit-samples: weight method nearest fits on no samples",
+        ),
+        (("--input-bits", "4", "--activation-bits", "float"), "--input-bits: with `--activation-bits float`"),
+        (
+            ("--input-bits", "4", "--keep", "last,first"),
+            "--input-bits: every node that reads the model's own inputs keeps",
+        ),
+        (("--input-bits", "4", "--keep", "Conv"), "inputs keeps 8 bits (--keep Conv)"),
+    ],
+)
+@pytest.mark.parametrize("extra", [(), ("--dry-run",)])
+def test_an_option_that_another_leaves_without_effect_is_refused(
+    refused: Callable[..., str], workspace: Path, options: tuple[str, ...], said: str, extra: tuple[str, ...]
+) -> None:
+    refused(workspace, (*RUN, *options, *extra), said, "leave ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--fit-samples", "64"),
+        ("--input-bits", "4", "--keep", "last"),
+        # What is the default cannot be told from what a replayed configuration gives.
+        ("--fit-samples", "512", "--input-bits", "8", "--weight-method", "gptq", "--activation-bits", "float"),
+    ],
+)
+def test_options_that_have_an_effect_or_say_the_default_pass(
+    cli: Cli, workspace: Path, options: tuple[str, ...]
+) -> None:
+    assert workspace.is_dir()
+    assert cli(*RUN, *options, "--dry-run").code == 0
+
+
 def test_fixed_widths_have_no_goal_to_miss(cli: Cli, workspace: Path) -> None:
     assert workspace.is_dir()
     ran = cli(*RUN, "--weight-bits", "2", "--activation-bits", "2", "--format", "json", "-o", "out")
