@@ -19,6 +19,7 @@ from raqu_onnx.pipeline import Resources, build_pipeline
 from raqu_onnx.results import describe_goal
 from raqu_onnx.run_data import describe, open_run_data
 from raqu_onnx.search import check_room
+from raqu_onnx.shortage import shortage
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: fro
         return
     smallest = settings.bits(len(mapped_nodes(model)), settings.weight_bits[0], None).weights
     placed, fits = _place(model, chip, smallest)
-    check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits)
+    short = shortage(chip, placed.crossbars_by_type)
+    check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits, short=short)
 
 
 def _widths(config: OptimizeConfig, kept: Sequence[str]) -> str:

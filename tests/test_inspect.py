@@ -225,6 +225,26 @@ def test_a_chip_that_is_too_small_is_told(cli: Cli, workspace: Path) -> None:
     )
 
 
+def test_the_size_that_runs_short_is_named(cli: Cli, workspace: Path) -> None:
+    """conv2 alone has more weights than the one large crossbar has cells; the small one is too small for any node."""
+    first, table = (workspace / "chip.toml").read_text().split("[[crossbars]]")
+    large = table.replace("cell_bits = 2", "cell_bits = 2\ncount = 1").replace("main", "large")
+    small = large.replace("large", "small").replace("rows = 32", "rows = 4").replace("cols = 16", "cols = 4")
+    (workspace / "two.toml").write_text(f"{first}[[crossbars]]{large}[[crossbars]]{small}")
+    found = inspected(cli, "model.onnx", "--hw", "two.toml", "--weight-bits", 2)
+    assert found["fits"] is False
+    taken = found["packed"]["crossbars_by_type"]
+    assert taken[0] > 1 >= taken[1]
+    short = f"{taken[0]} large where it has 1"
+    text = cli("inspect", "model.onnx", "--hw", "two.toml", "--weight-bits", 2).out
+    assert f"packed it takes {short}: at this width the model does not fit" in text
+    run = ("optimize", "model.onnx", "--hw", "two.toml", "--calibration", "calibration.npz", "--no-progress", "-q")
+    for extra in ((), ("--dry-run",)):
+        ran = cli(*run, *extra)
+        assert ran.code == 2
+        assert f"at 2 bits per weight, which takes {sum(taken)} crossbars, {short}; use a larger chip" in ran.err
+
+
 def test_from_python_with_a_chip_of_ones_own(small_net: Net, workspace: Path) -> None:
     model = small_net()
     before = model.SerializeToString()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.results import describe_goal
+from raqu_onnx.shortage import shortage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,8 +190,10 @@ def print_inspection(result: Inspection) -> None:
         )
     out.print(f"lower bound: {_bound(result)}")
     if not result.fits:
-        have = sum(kind.count or 0 for kind in chip.crossbars)
-        out.print(f"the chip has {counted(have, 'crossbar')}: at this width the model does not fit")
+        have = counted(sum(kind.count or 0 for kind in chip.crossbars), "crossbar")
+        short = shortage(chip, result.packed.crossbars_by_type)
+        problem = f"packed it takes {short}" if short else f"the chip has {have}"
+        out.print(f"{problem}: at this width the model does not fit")
 
 
 def _bound(result: Inspection) -> str:

@@ -132,10 +132,11 @@ def _require_room(problem: Problem, goal: Goal) -> None:
         problem.settings,
         need=problem.packed_crossbars(smallest) if need is None else need,
         fits=need is not None,
+        short="" if need is not None else problem.shortage(smallest),
     )
 
 
-def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool) -> None:
+def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool, short: str = "") -> None:
     """Make sure that the smallest widths fit: no other widths could.
 
     Args:
@@ -144,6 +145,7 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
         settings: The smallest width, and the nodes that are kept.
         need: Crossbars that the model takes at the smallest widths.
         fits: That is within what the chip has.
+        short: Which crossbar types run short, where the chip has several.
 
     Raises:
         DoesNotFitError: They do not fit the chip or the crossbars allowed.
@@ -156,8 +158,8 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
     also = f", or allow {' or '.join(ways)}" if ways else ""
     if not fits:
         raise DoesNotFitError(
-            f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars; use "
-            f"a larger chip{also}"
+            f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars"
+            f"{short and ', '}{short}; use a larger chip{also}"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(

@@ -16,6 +16,7 @@ from raqu_onnx.evaluation import Reference, Score, make_session
 from raqu_onnx.placement import DoesNotFitError, count_crossbars, geometries, place
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
 from raqu_onnx.session_model import session_model
+from raqu_onnx.shortage import shortage
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.spool import Spool, SpoolError
 from raqu_onnx.tiling import Matrix
@@ -119,7 +120,15 @@ class Problem:
         found = self.crossbars(weights)
         if found is not None:
             return found
-        return place(self.matrices(weights), self.chip, ignore_counts=True).crossbars
+        return sum(self._uncounted(weights))
+
+    def shortage(self, weights: tuple[NodeWidth, ...]) -> str:
+        """Which crossbar types run short at these weight widths, in words."""
+        return shortage(self.chip, self._uncounted(weights))
+
+    def _uncounted(self, weights: tuple[NodeWidth, ...]) -> tuple[int, ...]:
+        """Crossbars of each type, the chip's counts ignored."""
+        return place(self.matrices(weights), self.chip, ignore_counts=True).crossbars_by_type
 
     def exclusive_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
         """Crossbars with one node in each, the chip's counts ignored."""
