@@ -57,8 +57,10 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
         check_float(model, excluded)
         mapped = [(node, item) for node, item in mapped if item.name not in excluded]
         left = {item.name: item for item in unmapped if item.name not in excluded}
+        quantized = {node.name for node in quantized_nodes(model)}
         left.update(
-            (name, UnmappedNode(name, operators[name], excluded_reason(pattern))) for name, pattern in excluded.items()
+            (name, UnmappedNode(name, operators[name], excluded_reason(pattern, quantized=name in quantized)))
+            for name, pattern in excluded.items()
         )
         _require_mapped(mapped, list(left.values()))
         for node, description in mapped:

@@ -226,7 +226,7 @@ class StageEntry(Entry):
 
 
 class UnmappedEntry(Entry):
-    """A node that could have been mapped and stays in float."""
+    """A node that could have been mapped and stays as it is: in float, or as another tool quantized it."""
 
     name: str
     op_type: str

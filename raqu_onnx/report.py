@@ -101,7 +101,7 @@ class FrontReport(_Part):
 
 
 class UnmappedReport(_Part):
-    """A node of a type that crossbars compute and that was left in float."""
+    """A node of a type that crossbars compute and that stays as it is: in float, or as another tool quantized it."""
 
     name: str
     op_type: str

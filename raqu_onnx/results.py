@@ -75,7 +75,7 @@ class OptimizeResult:
         validation: Checks of the written files, None where the pipeline has no check.
         levels: Score of the emitted model on the evaluation data by onnxruntime optimization level.
         lower_bound: Fewest crossbars that could hold the chosen weights.
-        unmapped: Nodes left in float and why, as (name, type, reason).
+        unmapped: Nodes that are not on crossbars and why, as (name, type, reason).
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.

@@ -19,9 +19,14 @@ _OPENING, _CLOSING = "([{", ")]}"
 _NAMED = 3
 
 
-def excluded_reason(pattern: str) -> str:
-    """Why a node that a pattern excludes stays in float."""
-    return f"excluded by the user ({pattern})"
+def excluded_reason(pattern: str, *, quantized: bool = False) -> str:
+    """Why a node that a pattern excludes is not on crossbars.
+
+    Args:
+        pattern: What the user gave.
+        quantized: Another tool quantized the node, which stays as that left it, where others stay in float.
+    """
+    return f"excluded by the user ({pattern})" + (", stays quantized as it was" if quantized else "")
 
 
 def split_patterns(text: str) -> tuple[str, ...]:

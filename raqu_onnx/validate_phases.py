@@ -113,7 +113,7 @@ class FolderChecks:
         good &= run("node.activation", tables.activation_findings(manifest), nodes)
         good &= run("node.activation-chain", onnx_side.activation_chain_findings(emitted), nodes)
         run("node.mvms", graph_side.mvms_findings(emitted), nodes)
-        run("model.unmapped", graph_side.unmapped_findings(emitted), f"{len(manifest.unmapped)} nodes in float")
+        run("model.unmapped", graph_side.unmapped_findings(emitted), f"{len(manifest.unmapped)} nodes not on crossbars")
         run("stages.order", graph_side.order_findings(emitted), nodes)
         if not good:
             return False

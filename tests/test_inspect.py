@@ -165,7 +165,7 @@ def test_every_node_left_in_float_has_a_reason(cli: Cli, tmp_path: Path) -> None
     assert all(node["reason"] for node in found["unmapped"])
     text = cli("inspect", path).out
     for node in found["unmapped"]:
-        assert f"left in float: {node['name']} (MatMul): " in " ".join(text.split())
+        assert f"not on crossbars: {node['name']} (MatMul): " in " ".join(text.split())
 
 
 def test_free_sizes_leave_mvms_open(cli: Cli, tmp_path: Path, small_net: Net) -> None:

@@ -42,7 +42,7 @@ def test_excluded_nodes_stay_float_and_say_why(cli: Cli, workspace: Path) -> Non
     ran = cli(*RUN, "--weight-bits", "4", "--exclude", "Gemm", "--exclude", ".*v2", "-o", "out")
     assert ran.code == 0, ran.err
     reasons = {"conv2": "excluded by the user (.*v2)", "fc": "excluded by the user (Gemm)"}
-    assert "left in float: conv2 (Conv): excluded by the user (.*v2)" in ran.out
+    assert "not on crossbars: conv2 (Conv): excluded by the user (.*v2)" in ran.out
     found = manifest(workspace / "out")
     assert {item["name"]: item["reason"] for item in found["unmapped"]} == reasons
     assert [item["name"] for item in found["nodes"]] == ["conv1"]

@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="show the tiling of a model on a chip, without search",
         description="Show how every Conv, ConvTranspose, Gemm and MatMul is cut into crossbars at one width, and why a "
-        "node stays in float. No data is needed and no weight is read.",
+        "node is not mapped. No data is needed and no weight is read.",
     )
     parser.add_argument("model", metavar="MODEL.onnx", help="the model")
     parser.add_argument("--hw", default="generic", metavar="NAME|FILE", help="chip or TOML file (default: generic)")

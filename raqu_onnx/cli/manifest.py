@@ -146,7 +146,7 @@ def _print(manifest: Manifest) -> None:
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
     out.print(MATRIX_LEGEND)
     for item in manifest.unmapped:
-        out.print(f"in float: {item.op_type} {item.name}: {item.reason}")
+        out.print(f"not on crossbars: {item.name} ({item.op_type}): {item.reason}")
 
 
 def _share(ratio: Ratio) -> str:

@@ -275,9 +275,7 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     if args.format == "json":
         print_json({"schema_version": 1, **steps})
         return 0
-    print(
-        f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} in float"
-    )
+    print(f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} not")
     crossbars = counted(steps["uniform_8_bit_crossbars"], "crossbar")
     print(f"chip         {steps['chip']}: {crossbars} at 8 bits, packed")
     print(f"calibration  {steps['calibration']}")

@@ -43,7 +43,7 @@ def print_result(result: OptimizeResult) -> None:
     for name, pattern in result.kept:
         out.print(f"kept at {result.bits[name][0]:g} bits: {name} ({pattern})")
     for name, kind, reason in result.unmapped:
-        out.print(f"left in float: {name} ({kind}): {reason}")
+        out.print(f"not on crossbars: {name} ({kind}): {reason}")
     if result.figures:
         _print_figures(result)
     if result.validation is not None:
@@ -173,7 +173,7 @@ def print_inspection(result: Inspection) -> None:
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
     out.print(MATRIX_LEGEND)
     for node in result.unmapped:
-        out.print(f"left in float: {node.name} ({node.op_type}): {node.reason}")
+        out.print(f"not on crossbars: {node.name} ({node.op_type}): {node.reason}")
     sizes = ", ".join(
         f"{f'{kind.name} ' if several else ''}{kind.rows}x{kind.cols} of {kind.cell_bits}-bit cells"
         for kind in chip.crossbars
