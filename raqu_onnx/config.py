@@ -285,7 +285,9 @@ def effective_toml(config: OptimizeConfig) -> str:
     unset = {
         "model": "none, an argument of the command",
         "calibration": "synthetic inputs",
-        "selection": "half of the calibration data, or synthetic inputs",
+        "selection": "the calibration data, as the widths are fixed, or synthetic inputs"
+        if config.search_settings.is_uniform
+        else "half of the calibration data, or synthetic inputs",
         "eval": "none",
         "max_crossbars": "no limit",
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",

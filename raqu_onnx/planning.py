@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.config import OptimizeConfig
     from raqu_onnx.placement import Placement
+    from raqu_onnx.run_data import RunData
     from raqu_onnx.search import NodeWidth
 
 __all__ = ["plan"]
@@ -61,13 +62,19 @@ def plan(
         "chip": chip.name,
         "uniform_8_bit_crossbars": _place(tidied, chip, (MAX_BITS,) * len(nodes))[0].crossbars,
         "calibration": describe(data.calibration),
-        "selection": describe(data.selection),
+        "selection": _selection(data, config),
         "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
         "widths": _widths(config, [nodes[position].name or "" for position in sorted(kept)]),
         "goal": describe_goal(config.goal, fixed=config.search_settings.is_uniform),
         "passes": [str(getattr(item, "name", item)) for item in passes],
         "warnings": list(data.warnings),
     }
+
+
+def _selection(data: RunData, config: OptimizeConfig) -> str:
+    if data.selection is data.calibration and config.search_settings.is_uniform:
+        return "none: the widths are fixed, and figures are of the calibration data"
+    return describe(data.selection)
 
 
 def _kept(model: ir.Model) -> frozenset[int]:

@@ -63,6 +63,7 @@ class DataReport(_Part):
     samples: int | None = Field(description="samples, null for a stream that was not read to its end")
     labels: bool = Field(description="it has labels")
     synthetic: bool = Field(description="it is generated, not real")
+    fitted: bool = Field(description="ranges and weights were fitted to it, so that scores on it are too good")
 
 
 class FiguresReport(_Part):
@@ -74,7 +75,10 @@ class FiguresReport(_Part):
     crossbars: int | None = Field(description="crossbars allocated, null for float")
     cell_utilization: float | None = Field(description="programmed weight cells over cells of allocated crossbars")
     bit_utilization: float | None = Field(description="weight bits over bits of the cells of allocated crossbars")
-    selection: ScoreReport | None = Field(description="score on the data that widths were chosen on")
+    selection: ScoreReport | None = Field(
+        description="score on the data that widths were chosen on; where widths are fixed and no selection data is "
+        "given, on the calibration data"
+    )
     evaluation: ScoreReport | None = Field(
         description="score on data that neither calibration nor search has seen, null without such data"
     )

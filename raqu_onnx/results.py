@@ -31,12 +31,14 @@ class DataSummary:
         samples: How many, None for a stream that was not read to its end.
         labels: Whether it has labels.
         synthetic: Whether it is generated.
+        fitted: Whether ranges and weights were fitted to it.
     """
 
     name: str
     samples: int | None
     labels: bool
     synthetic: bool
+    fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Figures:
         crossbars: Crossbars allocated, None for float.
         cell_utilization: Programmed cells over allocated cells.
         bit_utilization: Weight bits over bits of allocated cells.
-        selection: Score on the data that widths were chosen on.
+        selection: Score on the data that widths were chosen on; where widths are fixed and no selection data is given,
+            on the calibration data.
         evaluation: Score on data that neither calibration nor search has seen, None without such data.
     """
 

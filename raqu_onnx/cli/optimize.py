@@ -69,7 +69,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--calibration", metavar="DATA", help="inputs that ranges are measured on (default: synthetic)")
-    group.add_argument("--selection", metavar="DATA", help="data that bits are chosen on (default: half of the above)")
+    group.add_argument(
+        "--selection",
+        metavar="DATA",
+        help="data that bits are chosen on (default: half of the above, which calibration then does not see; with "
+        "fixed widths nothing is set aside, and figures are of the calibration data)",
+    )
     group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
     group.add_argument("--calibration-samples", type=int, metavar="N", help="most samples used (default: 512)")
     group.add_argument(

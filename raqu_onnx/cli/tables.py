@@ -84,7 +84,16 @@ def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
     before = "on which widths were chosen"
     if judged:
         before = "the test data" if data.name in others else "the test data, which the search has not seen"
+    elif data.fitted and _is_fixed(result):
+        before = "the calibration data, which ranges and weights were fitted to"
+    elif _is_fixed(result):
+        before = "the selection data"
     return f"; on {_named(data)}, {before}"
+
+
+def _is_fixed(result: OptimizeResult) -> bool:
+    """Whether widths were given, so that nothing was chosen."""
+    return result.search is not None and len({item.bits for item in result.search.evaluations}) == 1
 
 
 def _named(data: DataSummary) -> str:
@@ -114,15 +123,16 @@ def _goal_lines(result: OptimizeResult) -> Iterator[str]:
     if search is None or not search.goal:
         return
     score, reference = search.chosen.score, search.reference
-    fixed = len({item.bits for item in search.evaluations}) == 1
+    fixed = _is_fixed(result)
     yield f"goal: {describe_goal(search.goal, fixed=fixed, metric=score.metric)}"
     data = result.data.get("selection")
+    role = "calibration" if data is not None and data.fitted else "selection"
     drop = 100 * (reference.quality - score.quality)
     side = "below" if drop >= 0 else "above"
     yield (
         f"reached: {counted(search.chosen.crossbars, 'crossbar')}, {abs(drop):.2f} points {side} float "
         f"({100 * reference.quality:.2f} -> {100 * score.quality:.2f} % {score.metric}"
-        f"{'' if data is None else f' on {_named(data)}, the selection data'})"
+        f"{'' if data is None else f' on {_named(data)}, the {role} data'})"
     )
     yield f"the goal is {'met' if search.goal_met else 'NOT met'}"
 
