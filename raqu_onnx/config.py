@@ -219,6 +219,17 @@ class OptimizeConfig(BaseModel):
         return self.model_copy(update=changes)
 
     @property
+    def method(self) -> tuple[str, ...]:
+        """Settings of the method that are not the default, as options of the command line."""
+        options = []
+        for name in ("weight_method", "fit_without", "fit_samples", "equalize", "activation_range", "reduce_range"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                text = "" if value is True else f" {','.join(value) if isinstance(value, tuple) else value}"
+                options.append(f"--{name.replace('_', '-')}{text}")
+        return tuple(options)
+
+    @property
     def search_settings(self) -> SearchSettings:
         """Settings of the search."""
         most = SAFE_WEIGHT_BITS if self.reduce_range else MAX_BITS

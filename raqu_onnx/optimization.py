@@ -185,6 +185,7 @@ class _Run:
             timings=tuple(timings),
             bits=_bits_by_node(model),
             data=self.data.summary(),
+            method=self.settings.method,
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
         )
         self._write_report(result)

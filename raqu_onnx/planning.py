@@ -65,6 +65,7 @@ def plan(
         "selection": _selection(data, config),
         "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
         "widths": _widths(config, [nodes[position].name or "" for position in sorted(kept)]),
+        "method": " ".join(config.method) or "the default",
         "goal": describe_goal(config.goal, fixed=config.search_settings.is_uniform),
         "passes": [str(getattr(item, "name", item)) for item in passes],
         "warnings": list(data.warnings),

@@ -85,6 +85,7 @@ class OptimizeResult:
         kept: Nodes that kept 8 bits and the pattern that asked for it.
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
             `calibration`, `selection`, `evaluation`.
+        method: Settings of the method that were not the default, as options of the command line.
     """
 
     output: Path | None
@@ -99,6 +100,7 @@ class OptimizeResult:
     bits: dict[str, tuple[float, int | None]]
     kept: tuple[tuple[str, str], ...] = ()
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
+    method: tuple[str, ...] = ()
 
     @property
     def goal_met(self) -> bool | None:

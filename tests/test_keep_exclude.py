@@ -287,3 +287,12 @@ def test_a_float_layer_gives_activations_and_no_inputs_of_the_model(cli: Cli, wo
     assert widths(workspace / "whole") == {"conv1": ({3}, 6), "conv2": ({3}, 4), "fc": ({3}, 4)}
     assert cli(*run, "--exclude", "conv1", "-o", "part").code == 0
     assert widths(workspace / "part") == {"conv2": ({3}, 4), "fc": ({3}, 4)}
+
+
+def test_the_method_is_said_where_it_is_not_the_default(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    options = ("--fit-without", "refit", "--fit-without", "polish", "--equalize", "--activation-range", "min-max")
+    said = "--fit-without refit,polish --equalize --activation-range min-max\n"
+    assert f"method: {said}" in cli(*RUN, "--weight-bits", "8", *options, "-o", "out").out
+    assert f"method       {said}" in cli(*RUN, *options, "--dry-run").out
+    assert "method       the default\n" in cli(*RUN, "--dry-run").out

@@ -287,6 +287,7 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     print(f"selection    {steps['selection']}")
     print(f"evaluation   {steps['evaluation']}")
     print(f"widths       {steps['widths']}")
+    print(f"method       {steps['method']}")
     print(f"goal         {steps['goal']}")
     print(f"passes       {', '.join(steps['passes'])}")
     print(f"output       {shlex.quote(str(config.output))} (not written: dry run)")

@@ -40,6 +40,8 @@ def print_result(result: OptimizeResult) -> None:
         print_table(out, ("node", "weight bits", "activation bits"), rows, right=(1, 2))
         if any(activation is not None for _, activation in result.bits.values()):
             out.print("activation bits: of a node's input; --input-bits sets those of the model's own inputs")
+    if result.method:
+        out.print(f"method: {' '.join(result.method)}")
     for name, pattern in result.kept:
         out.print(f"kept at {result.bits[name][0]:g} bits: {name} ({pattern})")
     for name, kind, reason in result.unmapped:
