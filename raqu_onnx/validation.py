@@ -6,6 +6,8 @@ from disk, and each rule is checked by its own arithmetic. Then the model runs a
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from raqu_onnx.cpu import may_saturate, saturation_warning
 from raqu_onnx.data import InputSpec, open_dataset, synthetic_dataset
 from raqu_onnx.errors import DataError, ManifestError, ModelError
 from raqu_onnx.evaluation import default_threads, make_session
+from raqu_onnx.manifest import SchemaError, parse_manifest
 from raqu_onnx.manifest_view import layout_of
 from raqu_onnx.model_io import load_model, model_digest, model_inputs
 from raqu_onnx.validate_model import EmittedModel
@@ -66,7 +69,7 @@ def validate(
     for name in (MANIFEST_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise ManifestError(f"{folder / name}: is missing; give the folder that optimize wrote")
-    model = load_model(folder / MODEL_FILE, check_weights=False)
+    model = _emitted_model(folder)
     data = None if dataset is None else open_dataset(dataset, model_inputs(model))
     checklist = Checklist()
     manifest = FolderChecks(folder, checklist, seed).run(model)
@@ -97,6 +100,28 @@ def validate(
         synthetic=data is None or data.synthetic,
         warnings=tuple(saturation_warning(saturating)),
     )
+
+
+def _emitted_model(folder: Path) -> ir.Model:
+    """The model of the folder.
+
+    Raises:
+        ModelError: It cannot be read; says that it was changed, where its digest is not the manifest's.
+    """
+    path = folder / MODEL_FILE
+    try:
+        return load_model(path, check_weights=False)
+    except ModelError as error:
+        # Of a model with external data the digest is that of several files: the one of the first is another anyhow.
+        with contextlib.suppress(OSError, SchemaError, ManifestError), path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            expected = parse_manifest(folder / MANIFEST_FILE).manifest.model.sha256
+            if found != expected:
+                raise ModelError(
+                    f"{path}: was changed or damaged after it was written: model.sha256 in {MANIFEST_FILE} is "
+                    f"{expected}, the file has {found} ({str(error).removeprefix(f'{path}: ')})"
+                ) from error
+        raise
 
 
 def _require_alike(reference: Path, model: ir.Model) -> None:

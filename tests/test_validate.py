@@ -681,8 +681,14 @@ def test_missing_and_unreadable_files_raise(folder: Callable[[str], Path], tmp_p
     with pytest.raises(ManifestError, match=r"manifest\.json: is not JSON"):
         validate(out)
     (out / "manifest.json").write_text(text)
-    (out / "model.onnx").write_bytes(b"\x08")
-    with pytest.raises(ModelError, match=r"model\.onnx"):
+    model = (out / "model.onnx").read_bytes()
+    for damaged in (b"\x08", b"", model[: len(model) // 2]):
+        (out / "model.onnx").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"model\.onnx: was changed or damaged .*: model\.sha256 in .* \(is .*\)$"):
+            validate(out)
+    # Without a digest to compare with, the reader's word is all there is.
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"model\.onnx: is .*cut short"):
         validate(out)
     (out / "model.onnx").unlink()
     with pytest.raises(ManifestError, match=r"model\.onnx: is missing"):
