@@ -24,11 +24,15 @@ SHARING_LEGEND = {
     "diagonal": "diagonal sharing: nodes share a crossbar where neither rows nor columns are in common",
     "time": "time sharing: nodes share a crossbar; those that share rows or columns take turns",
 }
+_NOISE = "1 - noise/signal"
 _METRICS = {
     "top-1": "samples whose largest output is the label",
     "agreement": "samples whose largest output is the float model's, which is fidelity and no accuracy",
-    "1 - noise/signal": "1 - power of the difference to float / power of the float outputs, no accuracy",
+    _NOISE: "power of the float model's outputs over power of the difference to them, in dB, which is no accuracy",
 }
+_POINTS_LEGEND = (
+    "points: hundredths of 1 - noise/signal, the noise being the difference's power; 20 dB are 1 below float"
+)
 _KL_LEGEND = "KL: mean divergence of the class probabilities from float's, in nats; 0 is the same"
 
 
@@ -60,7 +64,7 @@ def _print_figures(result: OptimizeResult) -> None:
     judged = any(item.evaluation is not None for item in result.figures)
     scores = [item.evaluation if judged else item.selection for item in result.figures]
     metric = next((score.metric for score in scores if score is not None), "quality")
-    headers = ("", "W", "A", "crossbars", "cells", "bits", metric, "KL")
+    headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == _NOISE else metric, "KL")
     rows = [_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)]
     print_table(out, headers, rows, right=tuple(range(1, len(headers))), bold="ours")
     for line in (*_legend(result, metric, judged=judged), "", *_goal_lines(result), *_summary(result, metric)):
@@ -71,9 +75,9 @@ def _legend(result: OptimizeResult, metric: str, *, judged: bool) -> Iterator[st
     yield "W, A: mean bits of weights and activations; cells, bits: share of the crossbars in use"
     yield "unpacked: one node per crossbar; packed: as the chip shares crossbars"
     if metric in _METRICS:
-        yield f"{metric}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
-        if metric != "1 - noise/signal":
-            yield _KL_LEGEND
+        name = "SQNR" if metric == _NOISE else metric
+        yield f"{name}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
+        yield _POINTS_LEGEND if metric == _NOISE else _KL_LEGEND
 
 
 def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
@@ -114,9 +118,16 @@ def _figure_cells(item: Figures, score: Score | None) -> list[str]:
         number(item.crossbars, "d"),
         number(item.cell_utilization, ".1%"),
         number(item.bit_utilization, ".1%"),
-        "-" if score is None else f"{100 * score.quality:.2f} %",
+        "-" if score is None else _quality(score),
         "-" if score is None or score.kl is None else f"{score.kl:.4f}",
     ]
+
+
+def _quality(score: Score) -> str:
+    """How good a model is: accuracy or agreement in percent, else the noise in dB."""
+    if score.metric != _NOISE:
+        return f"{100 * score.quality:.2f} %"
+    return "-" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
 
 
 def _goal_lines(result: OptimizeResult) -> Iterator[str]:
@@ -157,7 +168,8 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     data = result.data.get("evaluation")
     for level, score in result.levels.items():
         where = "" if data is None else f" on {data.name}"
-        yield f"emitted model, onnxruntime {level}: {100 * score.quality:.2f} % {metric}{where}"
+        name = "SQNR" if metric == _NOISE else metric
+        yield f"emitted model, onnxruntime {level}: {_quality(score)} {name}{where}"
     if result.bits and all(activation is None for _, activation in result.bits.values()):
         yield "float activations: for measurements only, no backend can run the manifest; at its default level"
         yield "onnxruntime itself may compute a MatMul or Gemm with 8-bit inputs (MatMulNBits), so the two may differ"
