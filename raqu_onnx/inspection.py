@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from raqu_onnx.annotations import MAPPED, mapped_nodes, unmapped_nodes
 from raqu_onnx.errors import naming_model
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx
-    import onnx_ir as ir
 
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.layout import MappedNode
@@ -55,7 +57,8 @@ class Inspection:
         chip: The chip.
         weight_bits: The width.
         nodes: Every mapped node, one node per crossbar.
-        unmapped: Nodes that stay in float, with reasons.
+        unmapped: Nodes that multiply by weights and are not mapped, with reasons.
+        others: Nodes of all other types, which the chip's digital units compute: how many by type, most first.
         exclusive: All nodes placed with one node per crossbar.
         packed: All nodes placed as the chip allows.
         fits: The packed placement stays within the chip's counts.
@@ -68,6 +71,7 @@ class Inspection:
     exclusive: Placement
     packed: Placement
     fits: bool
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 def inspect(
@@ -107,7 +111,16 @@ def inspect(
         exclusive=exclusive,
         packed=packed,
         fits=fits,
+        others=_others(loaded),
     )
+
+
+def _others(model: ir.Model) -> dict[str, int]:
+    listed = {node.name for node in mapped_nodes(model)} | {item.name for item in unmapped_nodes(model)}
+    found = Counter(
+        node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name not in listed
+    )
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -> tuple[Placement, bool]:

@@ -131,7 +131,9 @@ def _found(
     known = [*words, *nodes, *dict.fromkeys(nodes.values())]
     near = get_close_matches(pattern, known, _NAMED)
     advice = f", did you mean {' or '.join(near)}?" if near else ";"
-    raise ConfigError(f"{option}: {pattern!r} matches no node{advice} `raqu-onnx inspect MODEL` lists all nodes")
+    raise ConfigError(
+        f"{option}: {pattern!r} matches no node{advice} `raqu-onnx inspect MODEL` lists those that can be given"
+    )
 
 
 def ends(predecessors: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

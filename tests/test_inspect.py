@@ -168,6 +168,16 @@ def test_every_node_left_in_float_has_a_reason(cli: Cli, tmp_path: Path) -> None
         assert f"not on crossbars: {node['name']} (MatMul): " in " ".join(text.split())
 
 
+def test_all_other_operators_are_counted(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    found = inspected(cli, "model.onnx")
+    assert list(found["others"].items()) == [("Relu", 2), ("Flatten", 1), ("GlobalAveragePool", 1)]
+    said = "other operators, computed beside the crossbars: 2 Relu, 1 Flatten, 1 GlobalAveragePool\n"
+    assert said in cli("inspect", "model.onnx").out
+    # What is excluded is listed by name, and not counted here.
+    assert inspected(cli, "model.onnx", "--exclude", "fc")["others"] == found["others"]
+
+
 def test_free_sizes_leave_mvms_open(cli: Cli, tmp_path: Path, small_net: Net) -> None:
     path = tmp_path / "net.onnx"
     onnx.save(small_net(size="S"), path)

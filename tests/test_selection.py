@@ -61,7 +61,7 @@ def test_words_win_over_names() -> None:
         ("conv", "did you mean /conv1 or Conv?"),
         ("Relu", "'Relu' means only nodes that never go into crossbars: r1 (Relu), r2 (Relu), r3 (Relu) and 1 more"),
         ("r1", "r1 (Relu)"),
-        ("zzzzzz", "'zzzzzz' matches no node; `raqu-onnx inspect MODEL` lists all nodes"),
+        ("zzzzzz", "'zzzzzz' matches no node; `raqu-onnx inspect MODEL` lists those that can be given"),
         ("", "a pattern is empty"),
         ("a(", "regular expression: missing )"),
     ],

@@ -68,6 +68,7 @@ def _to_json(result: Inspection) -> dict[str, Any]:
             for item in result.nodes
         ],
         "unmapped": [vars(node) for node in result.unmapped],
+        "others": dict(result.others),
         "exclusive": _totals(result.exclusive),
         "packed": _totals(result.packed),
         "fits": result.fits,

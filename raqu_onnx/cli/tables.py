@@ -198,6 +198,9 @@ def print_inspection(result: Inspection) -> None:
     out.print(MATRIX_LEGEND)
     for node in result.unmapped:
         out.print(f"not on crossbars: {node.name} ({node.op_type}): {node.reason}")
+    if result.others:
+        counts = ", ".join(f"{count} {kind}" for kind, count in result.others.items())
+        out.print(f"other operators, computed beside the crossbars: {counts}")
     sizes = ", ".join(
         f"{f'{kind.name} ' if several else ''}{kind.rows}x{kind.cols} of {kind.cell_bits}-bit cells"
         for kind in chip.crossbars
