@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +15,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import scipy.linalg  # noqa: F401 - it has a BLAS of its own, which a limit reaches once it is loaded
 from onnx import TensorProto, helper, numpy_helper
+from threadpoolctl import threadpool_limits
 
 from raqu_onnx.cli import main
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Products of small matrices are slower in several threads, and sums depend on how many there are."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
-from threadpoolctl import threadpool_limits
+from tensors import normal
 
 from raqu_onnx.annotations import BITS, EMITTED, MAPPED, QUANTIZED, NodeBits, mapped_nodes
 from raqu_onnx.data import open_dataset
@@ -26,20 +26,9 @@ from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
 from raqu_onnx.patches import input_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-def normal(*shape: int, seed: int = 1, size: float = 1.0) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=shape) * size).astype(np.float32)
 
 
 def parsed(text: str, header: str = HEADER, **weights: np.ndarray) -> onnx.ModelProto:

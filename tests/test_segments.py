@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from tensors import normal
 
 from raqu_onnx import segments
 from raqu_onnx.annotations import MAPPED, mapped_nodes
@@ -27,15 +28,11 @@ HEADER = '<ir_version: 10, opset_import: ["": 18]>'
 Batches = list[dict[str, np.ndarray]]
 
 
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=shape) * 0.5).astype(np.float32)
-
-
 def mapped_model(text: str, weights: Mapping[str, Sequence[int]]) -> ir.Model:
     """A tidied model; weights are given by their shapes."""
     proto = onnx.parser.parse_model(f"{HEADER} {text}")
     for seed, (name, shape) in enumerate(weights.items()):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(*shape, seed=seed), name))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(*shape, seed=seed, size=0.5), name))
     model = TidyPass()(load_model(proto)).model
     AnnotateTilingPass()(model)
     return model
@@ -93,7 +90,7 @@ def needs(runner: NodeRunner) -> dict[str, set[str]]:
 
 
 def pictures(*shapes: tuple[int, ...], name: str = "x") -> Batches:
-    return [{name: normal(*shape, seed=100 + seed)} for seed, shape in enumerate(shapes)]
+    return [{name: normal(*shape, seed=100 + seed, size=0.5)} for seed, shape in enumerate(shapes)]
 
 
 # ------------------------------------------------------------------------------------------------- forms of graphs
@@ -134,7 +131,7 @@ def test_graph_inputs_that_feed_nodes_directly_and_one_that_feeds_none() -> None
         { a = MatMul (x, w1)  b = MatMul (z, w2)  s = Mul (a, b)  y = MatMul (s, w3)  other = Relu (idle) }""",
         {"w1": (4, 5), "w2": (4, 5), "w3": (5, 3)},
     )
-    feeds = [{name: normal(n, 4, seed=n + i) for i, name in enumerate(("x", "z", "idle"))} for n in (3, 1)]
+    feeds = [{name: normal(n, 4, seed=n + i, size=0.5) for i, name in enumerate(("x", "z", "idle"))} for n in (3, 1)]
     runner = check(model, feeds)
     assert "idle" in runner.steps[0].spent
 
@@ -218,8 +215,8 @@ def test_bodies_of_if_read_values_of_every_kind_from_around_them(sign: int) -> N
           y = MatMul (t, w3) }""",
         {"w1": (4, 4), "w2": (4, 4), "w3": (4, 3), "shift": (4,)},
     )
-    x = np.abs(normal(3, 4)) * sign
-    feeds = [{"x": x, "only_in_body": normal(3, 4, seed=7), "nested": normal(3, 4, seed=8)}]
+    x = np.abs(normal(3, 4, size=0.5)) * sign
+    feeds = [{"x": x, "only_in_body": normal(3, 4, seed=7, size=0.5), "nested": normal(3, 4, seed=8, size=0.5)}]
     runner = check(model, feeds)
     assert needs(runner)["y"] == {"x", "a", "b", "r", "only_in_body", "nested"}
 
@@ -284,7 +281,7 @@ def test_outputs_that_nobody_reads_are_dropped_at_once() -> None:
 def test_weights_of_other_values_give_other_outputs() -> None:
     model = mapped_model("g (float[n, 4] x) => (float[n, 3] y) { y = Gemm (x, w, b) }", {"w": (4, 3), "b": (3,)})
     runner = runner_of(model)
-    x, weight, bias = normal(5, 4), normal(4, 3, seed=9), normal(3, seed=10)
+    x, weight, bias = normal(5, 4, size=0.5), normal(4, 3, seed=9, size=0.5), normal(3, seed=10, size=0.5)
     found = runner.run(runner.steps[0], [x, x[:2]], weight, bias)
     np.testing.assert_allclose(found[0], x @ weight + bias, rtol=1e-5, atol=1e-6)
     assert found[1].shape == (2, 3)

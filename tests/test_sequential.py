@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
-from threadpoolctl import threadpool_limits
+from tensors import normal
 
 from raqu_onnx import OptimizeConfig, optimize, sequential
 from raqu_onnx.annotations import BITS, MAPPED, QUANTIZED, NodeBits, mapped_nodes
@@ -30,21 +30,11 @@ from raqu_onnx.sequential import SequentialQuantizer
 from raqu_onnx.simulation import Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from raqu_onnx.quantized import QuantizedNode
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def loaded(text: str, weights: Mapping[str, Sequence[int] | np.ndarray]) -> ir.Model:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import CheckerPass, TopologicalSortPass
+from tensors import normal
 
 from raqu_onnx.errors import ModelError
 from raqu_onnx.graph_edit import Names, infer_shapes, name_nodes, weight_values
@@ -71,10 +72,6 @@ def unchanged(model: ir.Model, pass_: ir.passes.PassBase) -> bool:
     same = ir.to_proto(model).SerializeToString(deterministic=True) == before
     assert modified is not same
     return same
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def statistics(channels: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
