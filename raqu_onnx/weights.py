@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from raqu_onnx.clipping import clipped_scales
+from raqu_onnx.clipping import ScaleLimits, clipped_scales
 from raqu_onnx.encodings import code_range
 from raqu_onnx.rounding import DAMPING, Rounder
 
@@ -220,7 +220,8 @@ class WeightFitter:
         ordinary = float(np.median(full[positive])) if positive.any() else 2.0**-10
         scale = np.where(positive & (high > 0), full, ordinary)
         if self._method != "nearest":
-            scale = clipped_scales(self._weight, self._power(), kernels, scale, self._floor, low, high)
+            limits = ScaleLimits(self._floor, low, high)
+            scale = clipped_scales(self._weight, self._power(), kernels, scale, limits)
         return np.maximum(scale, self._floor).astype(np.float32)
 
     def _codes(
