@@ -21,6 +21,9 @@ from threadpoolctl import threadpool_limits
 
 from raqu_onnx.cli import main
 
+# Modules of helpers that assert: what is wrong is shown in full, as in the tests themselves.
+pytest.register_assert_rewrite("onnx_texts")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
