@@ -23,7 +23,9 @@ from threadpoolctl import threadpool_limits
 from raqu_onnx.cli import main
 
 # Modules of helpers that assert: what is wrong is shown in full, as in the tests themselves.
-pytest.register_assert_rewrite("onnx_texts", "qdq_models", "result_folders")
+pytest.register_assert_rewrite(
+    "model_files", "onnx_texts", "qdq_models", "result_folders", "segment_models", "sequential_cases"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

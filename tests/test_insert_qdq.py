@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
+from qdq_models import CASES, as_vectors, assert_integer, case_model, emit
 
 from raqu_onnx.annotations import EMITTED, MAPPED, QUANTIZED, NodeBits, mapped_nodes
 from raqu_onnx.evaluation import make_session
@@ -14,7 +15,6 @@ from raqu_onnx.patches import input_vectors
 
 if TYPE_CHECKING:
     pass
-from qdq_models import CASES, as_vectors, assert_integer, case_model, emit
 
 
 @pytest.mark.parametrize("activation", [8, 4])

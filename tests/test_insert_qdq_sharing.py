@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
+from qdq_models import CASES, Emitted, assert_integer, case_model, emit, parsed
 from tensors import normal
 
 from raqu_onnx.annotations import EMITTED, QUANTIZED, NodeBits, mapped_nodes
@@ -20,7 +21,6 @@ from raqu_onnx.passes.insert_qdq import InsertQDQPass
 
 if TYPE_CHECKING:
     from pathlib import Path
-from qdq_models import CASES, Emitted, assert_integer, case_model, emit, parsed
 
 # ------------------------------------------------------------------------------------------------- sharing and names
 
