@@ -174,19 +174,30 @@ def open_run_data(
     choice = choice or ranges
     if searching and choice is ranges and settings.goal:
         warnings.append(f"no selection data: the goal is judged on {ranges.name}, {_FITTED}; give other data")
-    if report is None and searching and choice is ranges:
-        warnings.append(
-            f"no evaluation data: figures are of {ranges.name}, {_FITTED}, so how good the result is on other data "
-            "stays unknown; give data with --eval"
-        )
-    elif report is None and searching:
-        chosen = "" if fixed else ", on which widths were chosen"
-        warnings.append(f"no evaluation data: figures are of the selection data{chosen}")
-    elif report is None:
-        warnings.append("no evaluation data: how good the result is stays unknown; give data with --eval")
+    if report is None:
+        warnings.append(_figures_of(choice, searching=searching, fixed=fixed, fitted=choice is ranges))
     elif report.digest in seen:
         warnings.append("evaluation data is the calibration or selection data: its accuracy is too good to be true")
     return RunData(ranges, choice, report, tuple(warnings), classes, frozenset(fitted))
+
+
+def _figures_of(choice: Dataset, *, searching: bool, fixed: bool, fitted: bool) -> str:
+    """What figures are of where there is no evaluation data.
+
+    Args:
+        choice: The selection data.
+        searching: It is judged at all.
+        fixed: No widths are chosen on it.
+        fitted: It is the calibration data, for want of other.
+    """
+    if not searching:
+        return "no evaluation data: how good the result is stays unknown; give data with --eval"
+    if fitted:
+        return (
+            f"no evaluation data: figures are of {choice.name}, {_FITTED}, so how good the result is on other data "
+            "stays unknown; give data with --eval"
+        )
+    return "no evaluation data: figures are of the selection data" + ("" if fixed else ", on which widths were chosen")
 
 
 def _same(dataset: Dataset | None, calibration: Dataset) -> bool:
