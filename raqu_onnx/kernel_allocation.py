@@ -60,7 +60,7 @@ class KernelAllocator:
     """Allocates bits to the kernels of one model.
 
     Args:
-        nodes: The mapped nodes, in graph order.
+        nodes: The mapped nodes, in graph order; also an attribute.
         losses: Losses of their kernels.
         rules: What follows from dropped kernels.
         encoding: How weights are stored, which gives the cells of a width.
@@ -76,7 +76,7 @@ class KernelAllocator:
         encoding: Encoding,
         groups: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
-        self._nodes = list(nodes)
+        self.nodes = list(nodes)
         self._losses = losses
         self._rules = rules
         self._groups = groups or {}
@@ -87,21 +87,21 @@ class KernelAllocator:
         """Cells that an allocation programs."""
         pruned = self._rules.apply(bits)
         return sum(
-            int(self._rows(node, pruned.row_counts(node)) @ self._cells[pruned.bits[node.name]]) for node in self._nodes
+            int(self._rows(node, pruned.row_counts(node)) @ self._cells[pruned.bits[node.name]]) for node in self.nodes
         )
 
     def loss(self, bits: KernelBits, taste: Taste) -> float:
         """Sum of the losses of all kernels; those that only follow a dropped one are counted with it."""
         total = 0.0
-        for node in self._nodes:
-            table = self._table(node.name, taste)
+        for node in self.nodes:
+            table = self.table(node.name, taste)
             found = table[np.arange(len(table)), bits[node.name]]
             total += float(found[np.isfinite(found)].sum())
         return total
 
     def at_price(self, price: float, taste: Taste) -> KernelBits:
         """Bits with the least sum of losses and cells at a price in loss per cell."""
-        tables = {node.name: self._table(node.name, taste) for node in self._nodes}
+        tables = {node.name: self.table(node.name, taste) for node in self.nodes}
         bits = {name: np.argmin(np.where(np.arange(9) > 0, table, np.inf), axis=1) for name, table in tables.items()}
         seen: set[bytes] = set()
         for _ in range(_TURNS):
@@ -118,7 +118,7 @@ class KernelAllocator:
         chosen: KernelBits = {}
         kept: dict[str, NDArray[np.float64]] = {}
         credit: dict[str, NDArray[np.float64]] = {}
-        for node in reversed(self._nodes):
+        for node in reversed(self.nodes):
             name = node.name
             rows = self._rows(node, pruned.row_counts(node))
             cost = self._together(name, tables[name] + price * rows[:, None] * self._cells)
@@ -136,7 +136,7 @@ class KernelAllocator:
                 # A node that computes nothing at all is no longer the same model.
                 best = np.flatnonzero(self._group(name) == self._group(name)[np.argmax(dropped - kept[name])])
                 chosen[name][best] = wide[best]
-        return {node.name: chosen[node.name] for node in self._nodes}
+        return {node.name: chosen[node.name] for node in self.nodes}
 
     def _group(self, name: str) -> NDArray[np.int64]:
         return self._groups.get(name, np.arange(len(self._losses[name].loss)))
@@ -150,7 +150,13 @@ class KernelAllocator:
         np.add.at(total, index, costs)
         return total[index]
 
-    def _table(self, name: str, taste: Taste) -> NDArray[np.float64]:
+    def members(self, name: str) -> tuple[NDArray[np.int64], list[int]]:
+        """Number of the group of every entry of a node's scale axis, from 0 on, and the first entry of each group."""
+        _, firsts, groups = np.unique(self._group(name), return_index=True, return_inverse=True)
+        return groups, firsts.tolist()
+
+    def table(self, name: str, taste: Taste) -> NDArray[np.float64]:
+        """Losses of a node's kernels at every width under a taste, shape (channels, 9)."""
         table = self._losses[name].loss * taste.nodes.get(name, 1.0)
         table[:, 0] = np.inf if math.isinf(taste.dropping) else table[:, 0] * taste.dropping
         return table
@@ -182,6 +188,9 @@ class KernelAllocator:
         Args:
             fits: Whether an allocation is within the budget; more cells never fit where fewer do not.
             taste: Factors on the losses.
+
+        Returns:
+            Bits, None where nothing fits.
         """
         low, high = self._prices(taste)
         best = self.at_price(high, taste)
@@ -201,7 +210,7 @@ class KernelAllocator:
 
     def _prices(self, taste: Taste) -> tuple[float, float]:
         """Prices at which cells cost next to nothing, and more than any loss."""
-        tables = [self._table(node.name, taste) for node in self._nodes]
+        tables = [self.table(node.name, taste) for node in self.nodes]
         losses = np.concatenate([table[np.isfinite(table) & (table > 0)] for table in tables])
         most = float(losses.max(initial=1e-12))
         return most * 1e-14, most * 1e3
@@ -237,14 +246,13 @@ class KernelAllocator:
         """The next width of every group of kernels, by falling gain per cell."""
         pruned = self._rules.apply(bits)
         steps: list[_Step] = []
-        for node in self._nodes:
-            table = self._together(node.name, self._table(node.name, taste))
+        for node in self.nodes:
+            table = self._together(node.name, self.table(node.name, taste))
             own_rows = self._rows(node, pruned.row_counts(node)).astype(np.float64)
             rows = self._together(node.name, own_rows[:, None])[:, 0]
-            group = self._group(node.name)
+            group, firsts = self.members(node.name)
             current = bits[node.name]
-            _, firsts = np.unique(group, return_index=True)
-            for entry in firsts.tolist():
+            for entry in firsts:
                 here = int(current[entry])
                 wider = np.flatnonzero(np.isfinite(table[entry]) & (np.arange(9) > here))
                 if not here or not wider.size:

@@ -15,10 +15,11 @@ import numpy as np
 
 from raqu_onnx.error_curves import error_curves
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.exclusive_allocation import ExclusiveAllocator
 from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
 from raqu_onnx.kernel_losses import kernel_losses
-from raqu_onnx.placement import geometries
-from raqu_onnx.search.allocation import useful_widths
+from raqu_onnx.placement import count_crossbars, geometries
+from raqu_onnx.search.allocation import kernel_widths
 from raqu_onnx.search.bayes import TrustRegion
 from raqu_onnx.search.result import Bits
 from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import Evaluation
     from raqu_onnx.search.sensitivity import Sensitivity
+    from raqu_onnx.tiling import ArrayGeometry
 
 __all__ = ["KernelStage"]
 
@@ -36,6 +38,9 @@ _REACH = 8
 # Factors on the losses of dropped kernels that a start tries: the estimate knows nothing of how drops add up.
 _DROP_STARTS = (0, 3, 6)
 _NO_DROP = 40
+# Crossbars above a budget up to which they are saved one by one where each serves one node. Models so large that there
+# are more fill their crossbars anyway: for them cells tell enough.
+_MOST_STEPS = 400
 
 
 class KernelStage:
@@ -50,11 +55,12 @@ class KernelStage:
         self._problem = problem
         self._layers = LayerStage(problem, sensitivity)
         self._known: dict[Bits, list[int]] = {}
+        self._alone: dict[tuple[str, bytes, bytes], int] = {}
         self._allocator = self._make_allocator(sensitivity)
 
     def _make_allocator(self, sensitivity: Sensitivity) -> KernelAllocator:
         problem, settings = self._problem, self._problem.settings
-        widths = dict(zip(problem.names, useful_widths(problem), strict=True))
+        widths = dict(zip(problem.names, kernel_widths(problem), strict=True))
         everything = sorted({bits for choices in widths.values() for bits in choices})
         losses = kernel_losses(
             problem.quantizer,
@@ -103,12 +109,35 @@ class KernelStage:
             count = self._problem.crossbars(self._weights(bits))
             return count is not None and count <= crossbars
 
-        found = self._allocator.within(fits, taste)
+        if self._problem.chip.sharing == "exclusive" and self._steps_to(crossbars) <= _MOST_STEPS:
+            exclusive = ExclusiveAllocator(self._allocator, _rules(self._problem), self._geometry, self._counts)
+            found = exclusive.within(crossbars, taste)
+        else:
+            found = self._allocator.within(fits, taste)
         if found is None:
             return None
         bits = Bits(self._weights(found), activations or widest_activations(self._problem))
         self._known.setdefault(bits, vector)
         return bits
+
+    @property
+    def _geometry(self) -> ArrayGeometry:
+        return geometries(self._problem.chip)[0]
+
+    def _steps_to(self, crossbars: int) -> int:
+        """Crossbars that the widest widths take beyond a budget."""
+        widest = tuple(self._problem.settings.weight_limits(node)[1] for node in range(len(self._problem.nodes)))
+        return self._problem.exclusive_crossbars(widest) - crossbars
+
+    def _counts(self, bits: KernelBits) -> dict[str, int]:
+        """Crossbars that each node takes alone."""
+        found = {}
+        for name, matrix in self._problem.matrices(self._weights(bits)).items():
+            key = (name, matrix.bits.tobytes(), matrix.row_counts.tobytes())
+            if key not in self._alone:
+                self._alone[key] = count_crossbars(matrix, self._problem.chip, "exclusive")
+            found[name] = self._alone[key]
+        return found
 
     def vector(self, bits: Bits) -> list[int] | None:
         """The exponents that gave an allocation."""
