@@ -12,8 +12,7 @@ from raqu_onnx.cells import block_levels, cell_key, decode_node, flipped_columns
 from raqu_onnx.errors import ManifestError, ModelError
 from raqu_onnx.evaluation import make_session
 from raqu_onnx.graph_edit import one_line
-from raqu_onnx.layout import MappedNode, Window
-from raqu_onnx.manifest_view import flip_runs
+from raqu_onnx.manifest_view import flip_runs, mapped_node_of
 from raqu_onnx.patches import input_vectors
 from raqu_onnx.readout import mvm_from_cells
 
@@ -119,7 +118,7 @@ def mvm_findings(
         except ModelError as error:
             yield f"node {entry.name}: {error}"
             continue
-        vectors = input_vectors(_mapped_node(entry), x)
+        vectors = input_vectors(mapped_node_of(entry), x)
         for replica in sorted({placement.replica for placement in entry.placements} or {0}):
             got = mvm_from_cells(entry, view, cells, vectors, replica=replica)
             if got.shape != expected.shape:
@@ -186,25 +185,6 @@ def _large_enough(entry: NodeEntry, sizes: list[int]) -> list[int]:
             sizes, window.strides, window.pads[:rank], window.pads[rank:], strict=True
         )
     ]
-
-
-def _mapped_node(entry: NodeEntry) -> MappedNode:
-    """The node as the manifest describes it."""
-    from raqu_onnx.manifest_view import layout_of
-
-    window = None if entry.window is None else Window(**entry.window.model_dump())
-    return MappedNode(
-        name=entry.name,
-        op_type=entry.op_type,
-        input_name="",
-        weight_name=entry.weight,
-        bias_name=None,
-        output_name=entry.output,
-        layout=layout_of(entry.matrix),
-        window=window,
-        input_transposed=entry.input_transposed,
-        constant_left=entry.constant_left,
-    )
 
 
 def _reference(entry: NodeEntry, node: ir.Node, codes: NDArray[np.int8], x: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,90 @@
+"""The ADC at the end of a bitline: its range, what it clips, and the range that would be enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raqu_onnx.hardware import Chip
+
+__all__ = ["Adc", "Conversions"]
+
+
+@dataclass(frozen=True)
+class Adc:
+    """A converter whose step is one level of one cell driven with an input of 1.
+
+    With n bits it gives `0 .. 2^n - 1`, or `-2^(n-1) .. 2^(n-1) - 1` where it is signed; sums beyond are clipped to the
+    nearest end, sums between two steps are rounded to the nearest. Source: the converter of CrossSim
+    (`xbar.adc.mvm`, range option MAX in steps of one level), and the counts of ISAAC, ISCA 2016, section 5.
+
+    Attributes:
+        bits: Resolution; None for an ideal converter, which neither clips nor rounds.
+        signed: It reads negative sums.
+    """
+
+    bits: int | None
+    signed: bool = False
+
+    @classmethod
+    def of(cls, chip: Chip) -> Adc:
+        """The converter of a chip."""
+        return cls(chip.adc_bits, chip.adc_signed)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest sum that is not clipped."""
+        if self.bits is None:
+            return -math.inf, math.inf
+        if self.signed:
+            return -float(1 << (self.bits - 1)), float(1 << (self.bits - 1)) - 1
+        return 0.0, float(1 << self.bits) - 1
+
+    def never_clips(self, low: float, high: float) -> bool:
+        """Whether all sums between two lie in the range."""
+        lowest, highest = self.range
+        return lowest <= low and high <= highest
+
+    def bits_for(self, low: float, high: float) -> int:
+        """Fewest bits, at least 1, with which no sum between two is clipped.
+
+        A converter that is not signed can never hold a sum below 0; one of the next sign is counted for it.
+        """
+        low, high = math.floor(low), math.ceil(high)
+        if self.signed or low < 0:
+            return 1 + max(high.bit_length(), (-low - 1).bit_length() if low < 0 else 0)
+        return max(1, high.bit_length())
+
+    def convert(self, sums: NDArray[np.floating[Any]]) -> int:
+        """Convert sums in place.
+
+        Returns:
+            How many were clipped.
+        """
+        if self.bits is None:
+            return 0
+        low, high = self.range
+        np.rint(sums, out=sums)
+        clipped = int(np.count_nonzero(sums > high)) + int(np.count_nonzero(sums < low))
+        if clipped:
+            np.clip(sums, low, high, out=sums)
+        return clipped
+
+
+@dataclass
+class Conversions:
+    """Conversions counted while a node ran.
+
+    Attributes:
+        total: All of them.
+        clipped: Those whose sum lay outside the ADC's range.
+    """
+
+    total: int = 0
+    clipped: int = 0
