@@ -46,11 +46,6 @@ class Adc:
             return -float(1 << (self.bits - 1)), float(1 << (self.bits - 1)) - 1
         return 0.0, float(1 << self.bits) - 1
 
-    def never_clips(self, low: float, high: float) -> bool:
-        """Whether all sums between two lie in the range."""
-        lowest, highest = self.range
-        return lowest <= low and high <= highest
-
     def bits_for(self, low: float, high: float) -> int:
         """Fewest bits, at least 1, with which no sum between two is clipped.
 
@@ -69,8 +64,8 @@ class Adc:
         """
         if self.bits is None:
             return 0
-        low, high = self.range
         np.rint(sums, out=sums)
+        low, high = self.range
         clipped = int(np.count_nonzero(sums > high)) + int(np.count_nonzero(sums < low))
         if clipped:
             np.clip(sums, low, high, out=sums)
@@ -84,7 +79,27 @@ class Conversions:
     Attributes:
         total: All of them.
         clipped: Those whose sum lay outside the ADC's range.
+        low: Smallest sum before the ADC, 0 where there is none below.
+        high: Largest sum.
     """
 
     total: int = 0
     clipped: int = 0
+    low: float = 0.0
+    high: float = 0.0
+
+    def convert(self, adc: Adc, sums: NDArray[np.floating[Any]]) -> None:
+        """Convert sums in place and count them."""
+        self.total += sums.size
+        if sums.size:
+            self.low = min(self.low, float(sums.min()))
+            self.high = max(self.high, float(sums.max()))
+        self.clipped += adc.convert(sums)
+
+    def __add__(self, other: Conversions) -> Conversions:
+        return Conversions(
+            self.total + other.total,
+            self.clipped + other.clipped,
+            min(self.low, other.low),
+            max(self.high, other.high),
+        )

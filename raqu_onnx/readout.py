@@ -121,14 +121,18 @@ class NodeReadout:
         self._noise, self._rng = read_noise, rng
         chosen = [placement for placement in node.placements if placement.replica == replica]
         self._blocks = [_blocks(view, node, members, cells) for members in _alike(view, node, chosen)]
-        self._extremes = [blocks.extremes((1 << self._step) - 1) for blocks in self._blocks]
         self.conversions = Conversions()
 
     def lossless_bits(self) -> int:
         """Fewest bits of an ADC that clips with no input: every wordline driven with the largest slice at once."""
-        low = min((low for low, _ in self._extremes), default=0.0)
-        high = max((high for _, high in self._extremes), default=0.0)
-        return self._adc.bits_for(low, high)
+        found = [blocks.extremes((1 << self._step) - 1) for blocks in self._blocks]
+        return self._adc.bits_for(
+            min((low for low, _ in found), default=0), max((high for _, high in found), default=0)
+        )
+
+    def seen_bits(self) -> int:
+        """Fewest bits with which nothing that was run so far would have been clipped."""
+        return self._adc.bits_for(self.conversions.low, self.conversions.high)
 
     def run(self, codes: NDArray[np.integer]) -> NDArray[np.float64]:
         """Run MVMs.
@@ -142,22 +146,16 @@ class NodeReadout:
         """
         matrix = self._matrix
         result = np.zeros((len(codes), matrix.groups, matrix.kernels))
-        for blocks, extremes in zip(self._blocks, self._extremes, strict=True):
+        for blocks in self._blocks:
             length = max(1, _PIECE // blocks.rows.size) if blocks.rows.size else len(codes)
             for start in range(0, len(codes), length):
                 piece = slice(start, start + length)
                 x = codes[piece, blocks.groups[:, None], blocks.rows]
                 # (P, B, k) -> (B, P, k), so that each block is one product.
-                self._add(blocks, extremes, np.ascontiguousarray(x.swapaxes(0, 1)), result[piece])
+                self._add(blocks, np.ascontiguousarray(x.swapaxes(0, 1)), result[piece])
         return result
 
-    def _add(
-        self,
-        blocks: _Blocks,
-        extremes: tuple[float, float],
-        x: NDArray[np.integer],
-        result: NDArray[np.float64],
-    ) -> None:
+    def _add(self, blocks: _Blocks, x: NDArray[np.integer], result: NDArray[np.float64]) -> None:
         bitlines = blocks.factors.size
         sums = np.zeros((*x.shape[:2], blocks.levels.shape[2]))
         totals = np.zeros((*x.shape[:2], 1))
@@ -165,7 +163,7 @@ class NodeReadout:
         mask = (1 << self._step) - 1
         for shift in range(0, self._bits, self._step):
             part = (x >> shift) & mask
-            sums += self._read(blocks, extremes, part, levels) * float(1 << shift)
+            sums += self._read(blocks, part, levels) * float(1 << shift)
             if not blocks.unit:
                 totals[..., 0] += part.sum(axis=2, dtype=np.int64) * float(1 << shift)
         if blocks.unit:
@@ -185,23 +183,18 @@ class NodeReadout:
         return np.float32 if largest < _EXACT else np.float64
 
     def _read(
-        self, blocks: _Blocks, extremes: tuple[float, float], x: NDArray[np.integer], levels: NDArray[np.floating[Any]]
+        self, blocks: _Blocks, x: NDArray[np.integer], levels: NDArray[np.floating[Any]]
     ) -> NDArray[np.floating[Any]]:
         """What the ADC gives for one input slice, shape (B, P, bitlines)."""
         driven = x.astype(levels.dtype)
         if blocks.signs.size > 1 or blocks.signs[0] < 0:
             driven = (driven[..., None] * blocks.signs.astype(levels.dtype)).reshape(*x.shape[:2], -1)
-        pieces = list(blocks.pieces())
-        self.conversions.total += x.shape[0] * x.shape[1] * levels.shape[2] * len(pieces)
-        whole = np.issubdtype(blocks.levels.dtype, np.integer) and not self._noise
-        if self._adc.never_clips(*extremes) and whole:
-            return np.asarray(driven @ levels)
-        total = np.zeros((*driven.shape[:2], levels.shape[2]), levels.dtype)
-        for piece in pieces:
+        total: NDArray[np.floating[Any]] | None = None
+        for piece in blocks.pieces():
             sums = self._bitlines(driven[..., piece], levels[:, piece])
-            self.conversions.clipped += self._adc.convert(sums)
-            total += sums
-        return total
+            self.conversions.convert(self._adc, sums)
+            total = sums if total is None else total + sums
+        return np.zeros((*driven.shape[:2], levels.shape[2]), levels.dtype) if total is None else total
 
     def _bitlines(self, driven: NDArray[Any], levels: NDArray[Any]) -> NDArray[Any]:
         """Sums before the ADC. Independent noise of each cell adds up to one normal number for each bitline."""

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.backend.folder import assemble
 from raqu_onnx.cpu import may_saturate, saturation_warning
 from raqu_onnx.data import InputSpec, open_dataset, synthetic_dataset
 from raqu_onnx.errors import DataError, ManifestError, ModelError
 from raqu_onnx.evaluation import default_threads, make_session
 from raqu_onnx.manifest import SchemaError, parse_manifest
-from raqu_onnx.manifest_view import layout_of
+from raqu_onnx.manifest_view import ManifestView, layout_of
 from raqu_onnx.model_io import load_model, model_digest, model_inputs
+from raqu_onnx.validate_backend import check_crossbars
 from raqu_onnx.validate_model import EmittedModel
 from raqu_onnx.validate_phases import CELLS_FILE, MANIFEST_FILE, MODEL_FILE, FolderChecks
 from raqu_onnx.validate_report import Check, Checklist, ValidationReport
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest import Manifest
     from raqu_onnx.scoring import Score, Task
 
-__all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "validate"]
+__all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "task_of", "validate"]
 
 # Generated samples that the model runs on where no data is given.
 _SAMPLES = 4
@@ -87,13 +89,23 @@ def validate(
             threads or default_threads(),
             _smallest_activation(model),
             saturating,
-            _task(manifest),
+            task_of(manifest),
         )
         held_against = None
         if data is not None and reference is not None:
             _require_alike(Path(reference), model)
             held_against = make_session(reference, threads=threads)
         scores = runs.run(feeds, held_against)
+        if sound and manifest is not None and manifest.executable:
+            mapped = assemble(EmittedModel(model, manifest), ManifestView(manifest), _cells(folder), name=str(out_dir))
+            check_crossbars(
+                mapped,
+                folder / MODEL_FILE,
+                feeds,
+                checklist,
+                threads=threads or default_threads(),
+                activation_bits=_smallest_activation(model),
+            )
     return ValidationReport(
         tuple(checklist.checks),
         scores if data is not None else {},
@@ -122,6 +134,11 @@ def _emitted_model(folder: Path) -> ir.Model:
                     f"{expected}, the file has {found} ({str(error).removeprefix(f'{path}: ')})"
                 ) from error
         raise
+
+
+def _cells(folder: Path) -> Path | None:
+    path = folder / CELLS_FILE
+    return path if path.exists() else None
 
 
 def _require_alike(reference: Path, model: ir.Model) -> None:
@@ -176,7 +193,7 @@ def _saturating(emitted: EmittedModel) -> list[str]:
     return names
 
 
-def _task(manifest: Manifest | None) -> Task:
+def task_of(manifest: Manifest | None) -> Task:
     """What the run that wrote the folder took the outputs for."""
     match None if manifest is None else manifest.configuration.get("task"):
         case "classification":

@@ -65,6 +65,7 @@ class SlicedNode:
         adc: How bitlines are converted.
         read_noise: See `raqu_onnx.cell_errors`.
         rng: Where read noise comes from.
+        replica: The only copy of the weights to use; positions take turns at all of them where it is None.
 
     Raises:
         ManifestError: The node's input is float.
@@ -77,6 +78,7 @@ class SlicedNode:
         codes: NDArray[np.integer],
         cells: LevelSource,
         *,
+        replica: int | None = None,
         adc: Adc | None = None,
         read_noise: float = 0.0,
         rng: np.random.Generator | None = None,
@@ -85,21 +87,24 @@ class SlicedNode:
         # Padding drives the zero point's code like any other input, so that the correction is the same everywhere.
         matrices = self._node.layout.to_matrices(codes).astype(np.int64)
         self._correction = (self._zero_point * matrices.sum(axis=1)).astype(np.float64)
-        replicas = sorted({placement.replica for placement in entry.placements} or {0})
+        replicas = {placement.replica for placement in entry.placements} or {0} if replica is None else {replica}
         self._copies = [
-            NodeReadout(view, entry, cells, replica=replica, adc=adc, read_noise=read_noise, rng=rng)
-            for replica in replicas
+            NodeReadout(view, entry, cells, replica=number, adc=adc, read_noise=read_noise, rng=rng)
+            for number in sorted(replicas)
         ]
 
     @property
     def conversions(self) -> Conversions:
         """Conversions so far, over all replicas."""
-        found = [copy.conversions for copy in self._copies]
-        return Conversions(sum(item.total for item in found), sum(item.clipped for item in found))
+        return sum((copy.conversions for copy in self._copies), Conversions())
 
     def lossless_bits(self) -> int:
         """Fewest bits of an ADC that clips with no input."""
         return max(copy.lossless_bits() for copy in self._copies)
+
+    def seen_bits(self) -> int:
+        """Fewest bits with which nothing that was run so far would have been clipped."""
+        return max(copy.seen_bits() for copy in self._copies)
 
     def sums(self, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
         """See `Engine.sums`; positions take turns at the replicas."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raqu_onnx.cells import CellSource
     from raqu_onnx.manifest import Manifest
 
-__all__ = ["MappedModel", "map_model", "open_folder"]
+__all__ = ["MappedModel", "assemble", "map_model", "open_folder"]
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,24 @@ def map_model(model: ir.Model, manifest: Manifest, cells: Path | None = None, *,
     _require(checklist, name)
     for entry in manifest.nodes:
         activation_of(entry)
-    codes = {entry.name: emitted.codes(entry) for entry in manifest.nodes}
     checklist.run("codes.range", codes_findings(emitted, view))
-    if cells is None:
-        _require(checklist, name)
-        return MappedModel(model, view, codes, ProgrammedCells(view, codes), name)
-    source = CellsFile(cells, manifest)
-    checklist.run("cells.arrays", cell_array_findings(manifest, view, source))
     _require(checklist, name)
-    return MappedModel(model, view, codes, source, name)
+    mapped = assemble(emitted, view, cells, name=name)
+    if isinstance(mapped.cells, CellsFile):
+        checklist.run("cells.arrays", cell_array_findings(manifest, view, mapped.cells))
+        _require(checklist, name)
+    return mapped
+
+
+def assemble(emitted: EmittedModel, view: ManifestView, cells: Path | None, *, name: str) -> MappedModel:
+    """The same without any check, for files that were checked already.
+
+    Raises:
+        ManifestError: The cells file is no `.npz` archive.
+    """
+    codes = {entry.name: emitted.codes(entry) for entry in emitted.manifest.nodes}
+    source: CellSource = ProgrammedCells(view, codes) if cells is None else CellsFile(cells, emitted.manifest)
+    return MappedModel(emitted.model, view, codes, source, name)
 
 
 def _require(checklist: Checklist, name: str) -> None:

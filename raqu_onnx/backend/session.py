@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from raqu_onnx.backend.engines import RecombinedNode, SlicedNode, channel_axis
 from raqu_onnx.backend.partition import activation_of, cut
 from raqu_onnx.cell_errors import CellErrors, DisturbedCells
 from raqu_onnx.converters import Adc
+from raqu_onnx.errors import ConfigError
 from raqu_onnx.evaluation import default_threads, make_session, run_feeds
 from raqu_onnx.graph_edit import constant_array
 
@@ -23,13 +24,29 @@ if TYPE_CHECKING:
     from raqu_onnx.backend.engines import Engine
     from raqu_onnx.backend.folder import MappedModel
     from raqu_onnx.backend.partition import Segment, Stage
+    from raqu_onnx.hardware import Chip
     from raqu_onnx.manifest import NodeEntry
     from raqu_onnx.readout import LevelSource
 
-__all__ = ["CrossbarSession", "NodeReport", "Plan", "Setting"]
+__all__ = ["CrossbarSession", "NodeReport", "Plan", "Setting", "converters"]
 
 # Each session has threads of its own; a model of hundreds of nodes must not start thousands.
 _MOST_THREADS = 256
+
+
+def converters(chip: Chip, bits: int | Literal["chip", "ideal"]) -> Adc:
+    """The converters of a chip, or such with another resolution.
+
+    Raises:
+        ConfigError: The resolution is out of range.
+    """
+    if bits == "chip":
+        return Adc.of(chip)
+    if bits == "ideal":
+        return Adc(None, chip.adc_signed)
+    if not 1 <= bits <= 32:
+        raise ConfigError(f"adc_bits is {bits}, must be 1 to 32, chip or ideal")
+    return Adc(bits, chip.adc_signed)
 
 
 @dataclass(frozen=True)
@@ -65,12 +82,14 @@ class NodeReport:
         lossless_bits: Fewest bits of an ADC that clips with no input.
         conversions: How many there were, over all samples; 0 where slices were recombined before the product.
         clipped: How many of them were clipped.
+        seen_bits: Fewest bits that would have clipped none of them; None where there were none.
     """
 
     name: str
     lossless_bits: int
     conversions: int = 0
     clipped: int = 0
+    seen_bits: int | None = None
 
 
 class Plan:
@@ -205,7 +224,7 @@ class CrossbarSession:
         for name, engine in self._engines.items():
             if isinstance(engine, SlicedNode):
                 counted = engine.conversions
-                found.append(NodeReport(name, lossless[name], counted.total, counted.clipped))
+                found.append(NodeReport(name, lossless[name], counted.total, counted.clipped, engine.seen_bits()))
             else:
                 found.append(NodeReport(name, lossless[name]))
         return tuple(found)

@@ -29,6 +29,7 @@ _COMMANDS = {
     "optimize": "quantize a model for a chip, map it, write model and manifest",
     "inspect": "show the tiling of a model on a chip, without search",
     "validate": "check a result folder as a stranger would",
+    "simulate": "run a result folder on virtual crossbars, with real converters and cells",
     "demo": "run the main job on a bundled model and real data",
     "hw": "list, show and check chip descriptions",
     "passes": "list the passes of the pipeline with their options",
