@@ -19,6 +19,7 @@ from raqu_onnx.manifest_view import ManifestView, flip_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import ThreadPoolExecutor
 
     from numpy.typing import NDArray
 
@@ -30,7 +31,7 @@ __all__ = ["LevelSource", "NodeReadout", "mvm_from_cells"]
 # Sums of integers below this are exact in single precision.
 _EXACT = 1 << 24
 # Input values that are driven at a time; larger ones leave the processor's caches.
-_PIECE = 1 << 21
+_PIECE = 1 << 17
 
 
 class LevelSource(Protocol):
@@ -100,6 +101,7 @@ class NodeReadout:
         adc: How bitlines are converted; the chip's converter where it is None.
         read_noise: Standard deviation of one read of one cell over its level, see `cell_errors`.
         rng: Where read noise comes from; needed for it.
+        workers: Threads that vectors are divided among; what comes out does not depend on them.
     """
 
     def __init__(
@@ -112,13 +114,14 @@ class NodeReadout:
         adc: Adc | None = None,
         read_noise: float = 0.0,
         rng: np.random.Generator | None = None,
+        workers: ThreadPoolExecutor | None = None,
     ) -> None:
         chip = view.manifest.chip
         self._matrix = node.matrix
         self._bits = 8 if node.activation is None else node.activation.bits
         self._step = min(chip.dac_bits, self._bits)
         self._adc = Adc.of(chip) if adc is None else adc
-        self._noise, self._rng = read_noise, rng
+        self._noise, self._rng, self._workers = read_noise, rng, workers
         chosen = [placement for placement in node.placements if placement.replica == replica]
         self._blocks = [_blocks(view, node, members, cells) for members in _alike(view, node, chosen)]
         self.conversions = Conversions()
@@ -146,16 +149,35 @@ class NodeReadout:
         """
         matrix = self._matrix
         result = np.zeros((len(codes), matrix.groups, matrix.kernels))
-        for blocks in self._blocks:
-            length = max(1, _PIECE // blocks.rows.size) if blocks.rows.size else len(codes)
-            for start in range(0, len(codes), length):
-                piece = slice(start, start + length)
-                x = codes[piece, blocks.groups[:, None], blocks.rows]
-                # (P, B, k) -> (B, P, k), so that each block is one product.
-                self._add(blocks, np.ascontiguousarray(x.swapaxes(0, 1)), result[piece])
+        length = max(1, _PIECE // max((blocks.rows.size for blocks in self._blocks), default=1))
+        pieces = [slice(start, start + length) for start in range(0, len(codes), length)]
+        # A generator for each piece: noise must not depend on which of them comes first.
+        rngs = self._rng.spawn(len(pieces)) if self._noise and self._rng is not None else [None] * len(pieces)
+        run = map if self._workers is None else self._workers.map
+        for counted in run(self._run_piece, (codes[piece] for piece in pieces), (result[p] for p in pieces), rngs):
+            self.conversions += counted
         return result
 
-    def _add(self, blocks: _Blocks, x: NDArray[np.integer], result: NDArray[np.float64]) -> None:
+    def _run_piece(
+        self, codes: NDArray[np.integer], result: NDArray[np.float64], rng: np.random.Generator | None
+    ) -> Conversions:
+        """Add the results of some vectors to theirs."""
+        counted = Conversions()
+        for blocks in self._blocks:
+            x = codes[:, blocks.groups[:, None], blocks.rows]
+            # (P, B, k) -> (B, P, k), so that each block is one product.
+            by_kernel = self._sums(blocks, np.ascontiguousarray(x.swapaxes(0, 1)), counted, rng)
+            result[:, blocks.groups[:, None], blocks.kernels] += by_kernel.swapaxes(0, 1)
+        return counted
+
+    def _sums(
+        self,
+        blocks: _Blocks,
+        x: NDArray[np.integer],
+        counted: Conversions,
+        rng: np.random.Generator | None,
+    ) -> NDArray[np.float64]:
+        """Results of some blocks, shape (B, P, kernels)."""
         bitlines = blocks.factors.size
         sums = np.zeros((*x.shape[:2], blocks.levels.shape[2]))
         totals = np.zeros((*x.shape[:2], 1))
@@ -163,7 +185,7 @@ class NodeReadout:
         mask = (1 << self._step) - 1
         for shift in range(0, self._bits, self._step):
             part = (x >> shift) & mask
-            sums += self._read(blocks, part, levels) * float(1 << shift)
+            sums += self._read(blocks, part, levels, counted, rng) * float(1 << shift)
             if not blocks.unit:
                 totals[..., 0] += part.sum(axis=2, dtype=np.int64) * float(1 << shift)
         if blocks.unit:
@@ -174,8 +196,7 @@ class NodeReadout:
         sums = sums * blocks.factors
         if blocks.offsets.any():
             sums -= totals * blocks.offsets
-        by_kernel = np.add.reduceat(sums, blocks.starts, axis=2)
-        result[:, blocks.groups[:, None], blocks.kernels] += by_kernel.swapaxes(0, 1)
+        return np.asarray(np.add.reduceat(sums, blocks.starts, axis=2))
 
     def _precision(self, blocks: _Blocks) -> type[np.floating[Any]]:
         """Single precision where it holds every sum of whole levels; levels that vary need no more than that."""
@@ -183,7 +204,12 @@ class NodeReadout:
         return np.float32 if largest < _EXACT else np.float64
 
     def _read(
-        self, blocks: _Blocks, x: NDArray[np.integer], levels: NDArray[np.floating[Any]]
+        self,
+        blocks: _Blocks,
+        x: NDArray[np.integer],
+        levels: NDArray[np.floating[Any]],
+        counted: Conversions,
+        rng: np.random.Generator | None,
     ) -> NDArray[np.floating[Any]]:
         """What the ADC gives for one input slice, shape (B, P, bitlines)."""
         driven = x.astype(levels.dtype)
@@ -191,18 +217,14 @@ class NodeReadout:
             driven = (driven[..., None] * blocks.signs.astype(levels.dtype)).reshape(*x.shape[:2], -1)
         total: NDArray[np.floating[Any]] | None = None
         for piece in blocks.pieces():
-            sums = self._bitlines(driven[..., piece], levels[:, piece])
-            self.conversions.convert(self._adc, sums)
+            sums: NDArray[np.floating[Any]] = driven[..., piece] @ levels[:, piece]
+            if rng is not None:
+                # Independent noise of each cell adds up to one normal number for each bitline.
+                power = np.square(driven[..., piece]) @ np.square(levels[:, piece])
+                sums += self._noise * np.sqrt(power) * rng.standard_normal(sums.shape, np.float32)
+            counted.convert(self._adc, sums)
             total = sums if total is None else total + sums
         return np.zeros((*driven.shape[:2], levels.shape[2]), levels.dtype) if total is None else total
-
-    def _bitlines(self, driven: NDArray[Any], levels: NDArray[Any]) -> NDArray[Any]:
-        """Sums before the ADC. Independent noise of each cell adds up to one normal number for each bitline."""
-        sums: NDArray[Any] = driven @ levels
-        if self._noise and self._rng is not None:
-            power = np.square(driven) @ np.square(levels)
-            sums += self._noise * np.sqrt(power) * self._rng.standard_normal(sums.shape, np.float32)
-        return sums
 
 
 def _alike(view: ManifestView, node: NodeEntry, placements: Iterable[PlacementEntry]) -> Iterable[list[PlacementEntry]]:

@@ -48,12 +48,11 @@ def test_ideal_crossbars_say_what_the_model_says(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("result")
 def test_the_same_seed_gives_the_same_report() -> None:
-    def run(seed: int) -> SimulationReport:
-        return simulate(
-            "model-raqu", "eval.npz", variation=0.3, stuck=0.02, read_noise=0.05, repeats=3, seed=seed, threads=1
-        )
+    def run(seed: int, threads: int) -> SimulationReport:
+        figures = {"variation": 0.3, "stuck": 0.02, "read_noise": 0.05}
+        return simulate("model-raqu", "eval.npz", repeats=3, seed=seed, threads=threads, **figures)
 
-    one, two, other = run(1), run(1), run(2)
+    one, two, other = run(1, 1), run(1, 3), run(2, 1)
     assert one == two
     assert one.runs != other.runs
     assert len(one.runs) == 3

@@ -51,8 +51,6 @@ class Clock:
 
 def main() -> int:
     """Measure and print; 1 where a bar is missed."""
-    from threadpoolctl import threadpool_limits
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000, help="test images for the recombined path")
     parser.add_argument("--sliced-images", type=int, default=200, help="of which so many run slice by slice")
@@ -62,7 +60,7 @@ def main() -> int:
     parser.add_argument("--model", choices=_MODELS, action="append", help="default: both")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, threadpool_limits(args.threads, user_api="blas"):
+    with tempfile.TemporaryDirectory() as folder:
         good = [_bench(name, Path(folder) / name, args) for name in args.model or _MODELS]
     return 0 if all(good) else 1
 

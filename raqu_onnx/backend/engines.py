@@ -22,8 +22,10 @@ from raqu_onnx.readout import NodeReadout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import ThreadPoolExecutor
 
     from numpy.typing import NDArray
+    from onnx import NodeProto
 
     from raqu_onnx.cells import CellSource
     from raqu_onnx.converters import Adc
@@ -65,6 +67,7 @@ class SlicedNode:
         adc: How bitlines are converted.
         read_noise: See `raqu_onnx.cell_errors`.
         rng: Where read noise comes from.
+        workers: Threads that vectors are divided among.
         replica: The only copy of the weights to use; positions take turns at all of them where it is None.
 
     Raises:
@@ -82,14 +85,15 @@ class SlicedNode:
         adc: Adc | None = None,
         read_noise: float = 0.0,
         rng: np.random.Generator | None = None,
+        workers: ThreadPoolExecutor | None = None,
     ) -> None:
         self._node, self._zero_point = mapped_node_of(entry), activation_of(entry).zero_point
         # Padding drives the zero point's code like any other input, so that the correction is the same everywhere.
-        matrices = self._node.layout.to_matrices(codes).astype(np.int64)
-        self._correction = (self._zero_point * matrices.sum(axis=1)).astype(np.float64)
+        sums = self._node.layout.to_matrices(codes).sum(axis=1, dtype=np.int64)
+        self._correction = (self._zero_point * sums).astype(np.float64)
         replicas = {placement.replica for placement in entry.placements} or {0} if replica is None else {replica}
         self._copies = [
-            NodeReadout(view, entry, cells, replica=number, adc=adc, read_noise=read_noise, rng=rng)
+            NodeReadout(view, entry, cells, replica=number, adc=adc, read_noise=read_noise, rng=rng, workers=workers)
             for number in sorted(replicas)
         ]
 
@@ -155,16 +159,20 @@ class RecombinedNode:
         self._bits = exact_bits(entry.matrix.rows, largest, int(np.abs(weight).max(initial=0)))
         self._weight = weight.astype(np.float32 if self._bits else np.float64)
         self._session: Any = None
-        if entry.window is not None and self._bits:
+        if entry.window is None:
+            self._session = make_session(_product(entry, self._weight), threads=threads)
+        elif self._bits:
             self._session = make_session(_convolution(entry, entry.window, self._weight), threads=threads)
 
     def sums(self, codes: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
         """See `Engine.sums`."""
-        if self._session is None and self._entry.window is not None:
+        if self._session is None:
             return self._wide(codes)
         x = codes.astype(np.int16) - np.int16(self._act.zero_point)
-        if self._session is None and not self._bits:
-            return self._product(x.astype(np.float64))
+        if self._entry.input_transposed:
+            x = np.ascontiguousarray(x.T)
+        if not self._bits:
+            return self._multiply(x.astype(np.float64))
         parts = list(_pieces(x, self._bits))
         if len(parts) == 1:
             return self._multiply(parts[0][1])
@@ -173,19 +181,9 @@ class RecombinedNode:
             result += self._multiply(part) * float(1 << shift)
         return result
 
-    def _multiply(self, x: NDArray[np.float32]) -> NDArray[Any]:
-        if self._session is None:
-            return self._product(x)
-        found: NDArray[Any] = self._session.run(None, {"x": x})[0]
+    def _multiply(self, x: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        found: NDArray[np.floating[Any]] = self._session.run(None, {"x": x})[0]
         return found
-
-    def _product(self, x: NDArray[Any]) -> NDArray[Any]:
-        weight = (
-            self._weight.T if self._node.layout.kind == "out-in" and not self._entry.constant_left else self._weight
-        )
-        if self._entry.constant_left:
-            return np.asarray(weight @ x)
-        return np.asarray((x.T if self._entry.input_transposed else x) @ weight)
 
     def _wide(self, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
         """A convolution with so many rows that single precision could not hold its sums even bit by bit."""
@@ -225,9 +223,18 @@ def _pieces(x: NDArray[np.int16], bits: int) -> Iterator[tuple[int, NDArray[np.f
         yield shift, part.astype(np.float32)
 
 
+def _product(entry: NodeEntry, weight: NDArray[Any]) -> bytes:
+    """A model of one product of the input, as it is or transposed before, with the weight."""
+    from onnx import helper
+
+    matrix = weight.T if entry.matrix.kind == "out-in" and not entry.constant_left else weight
+    operands = ["w", "x"] if entry.constant_left else ["x", "w"]
+    return _lone(helper.make_node("MatMul", operands, ["y"]), np.ascontiguousarray(matrix), None)
+
+
 def _convolution(entry: NodeEntry, window: WindowEntry, weight: NDArray[Any]) -> bytes:
     """A model of one convolution as the manifest describes it."""
-    from onnx import ModelProto, TensorProto, helper, numpy_helper
+    from onnx import helper
 
     attributes: dict[str, Any] = {
         "kernel_shape": window.kernel, "strides": window.strides, "dilations": window.dilations,
@@ -239,12 +246,20 @@ def _convolution(entry: NodeEntry, window: WindowEntry, weight: NDArray[Any]) ->
         attributes["output_padding"] = window.output_padding
         if window.output_shape is not None:
             attributes["output_shape"] = window.output_shape
-    rank = weight.ndim
+    node = helper.make_node(entry.op_type, ["x", "w"], ["y"], **attributes)
+    return _lone(node, weight, [None] * weight.ndim)
+
+
+def _lone(node: NodeProto, weight: NDArray[Any], shape: list[None] | None) -> bytes:
+    """A model of one node with input x, weight w and output y."""
+    from onnx import ModelProto, helper, numpy_helper
+
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
     graph = helper.make_graph(
-        [helper.make_node(entry.op_type, ["x", "w"], ["y"], **attributes)],
-        "convolution",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * rank)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)],
+        [node],
+        "lone",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, shape)],
         [numpy_helper.from_array(weight, "w")],
     )
     model: ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,7 +98,7 @@ class Plan:
 
     Args:
         mapped: The model with its manifest and cells.
-        threads: Threads of onnxruntime.
+        threads: Threads of onnxruntime, and of those that run slices; default all that this process may use.
 
     Raises:
         ModelError: onnxruntime cannot open what lies between mapped nodes.
@@ -107,6 +108,8 @@ class Plan:
         self.mapped = mapped
         self.stages: tuple[Stage, ...] = cut(mapped.model, mapped.manifest.nodes)
         self.threads = max(1, min(threads or default_threads(), _MOST_THREADS // (2 * len(self.stages)) or 1))
+        count = threads or default_threads()
+        self.workers = ThreadPoolExecutor(count) if count > 1 else None
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._lossless: dict[str, int] | None = None
 
@@ -160,6 +163,7 @@ class CrossbarSession:
             adc=setting.adc,
             read_noise=setting.errors.read_noise,
             rng=self._rng,
+            workers=self._plan.workers,
         )
 
     def _scales(self, entry: NodeEntry) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
@@ -186,6 +190,13 @@ class CrossbarSession:
         Raises:
             DataError: onnxruntime cannot run what lies between mapped nodes on it.
         """
+        from threadpoolctl import threadpool_limits
+
+        # Slices are divided among threads of their own: those of BLAS would fight with them for the same cores.
+        with threadpool_limits(1, user_api="blas"):
+            return self._run(output_names, feeds)
+
+    def _run(self, output_names: Sequence[str] | None, feeds: Mapping[str, NDArray[Any]]) -> list[Any]:
         values: dict[str, Any] = dict(feeds)
         for stage in self._plan.stages:
             if stage.segment is not None:

@@ -12,7 +12,7 @@ from raqu_onnx.backend.session import CrossbarSession, NodeReport, Plan, Setting
 from raqu_onnx.cell_errors import CellErrors
 from raqu_onnx.data import open_dataset, take
 from raqu_onnx.errors import ConfigError
-from raqu_onnx.evaluation import Reference, default_threads, run_batches
+from raqu_onnx.evaluation import Reference, run_batches
 from raqu_onnx.json_values import finite
 from raqu_onnx.model_io import model_inputs
 from raqu_onnx.validation import task_of
@@ -122,8 +122,6 @@ def simulate(
     Raises:
         RaquError: Folder, data or settings are not usable.
     """
-    from threadpoolctl import threadpool_limits
-
     errors = CellErrors(variation, stuck, stuck_high, read_noise)
     count = _repeats(repeats, errors)
     for name, value in (("samples", samples), ("threads", threads)):
@@ -137,15 +135,14 @@ def simulate(
     data = data if samples is None else take(data, samples)
     plan = Plan(mapped, threads)
     tell = progress or (lambda _what, _done, _total: None)
-    with threadpool_limits(threads or default_threads(), user_api="blas"):
-        ideal = CrossbarSession(plan)
-        watched = _Watched(ideal, "ideal crossbars", data.size, tell)
-        reference = Reference(watched, data, _BATCH, task_of(mapped.manifest))
-        runs: tuple[Score, ...] = (reference.score,)
-        if setting.ideal:
-            nodes = ideal.reports()
-        else:
-            runs, nodes = _disturbed(plan, setting, count, data, reference, tell)
+    ideal = CrossbarSession(plan)
+    watched = _Watched(ideal, "ideal crossbars", data.size, tell)
+    reference = Reference(watched, data, _BATCH, task_of(mapped.manifest))
+    runs: tuple[Score, ...] = (reference.score,)
+    if setting.ideal:
+        nodes = ideal.reports()
+    else:
+        runs, nodes = _disturbed(plan, setting, count, data, reference, tell)
     return SimulationReport(
         data.name, reference.score.samples, setting.adc.bits, setting.adc.signed, errors, seed, reference.score, runs,
         nodes,
