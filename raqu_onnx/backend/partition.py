@@ -10,7 +10,7 @@ from onnx import helper
 
 from raqu_onnx.errors import ManifestError, ModelError
 from raqu_onnx.evaluation import make_session
-from raqu_onnx.session_model import SessionModel, session_model, with_outputs
+from raqu_onnx.session_model import SessionModel, session_model
 from raqu_onnx.simulation import names_in_bodies
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def activation_of(entry: NodeEntry) -> ActivationEntry:
 
 class _Cutter:
     def __init__(self, model: ir.Model, entries: Sequence[NodeEntry]) -> None:
-        source = session_model(model)
-        self._model, self._weights, self._proto = model, source.weights, source.proto
+        source = session_model(_without_weights(model, entries))
+        self._weights, self._proto = source.weights, source.proto
         graph = self._proto.graph
         self._constants = {item.name: item for item in graph.initializer}
         self._inputs = {item.name: item for item in graph.input if item.name not in self._constants}
@@ -96,7 +96,7 @@ class _Cutter:
         groups = self._groups()
         reads = [self._reads(group) for group in groups]
         wanted = self._wanted(reads)
-        types = self._types(set().union(*reads))
+        types = self._types(set().union(*reads), sorted(set().union(*groups)))
         segments = [self._segment(g, r, wanted, types) if g else None for g, r in zip(groups, reads, strict=True)]
         nodes: list[NodeEntry | None] = [*self._entries, None]
         return tuple(
@@ -140,17 +140,34 @@ class _Cutter:
         tensors = {activation_of(entry).tensor for entry in self._entries}
         return set().union(*reads, tensors, self._outputs)
 
-    def _types(self, names: set[str]) -> dict[str, onnx.ValueInfoProto]:
+    def _types(self, names: set[str], unmapped: Sequence[int]) -> dict[str, onnx.ValueInfoProto]:
         """What segments declare as inputs; onnxruntime infers the types of all but the mapped nodes' outputs."""
-        floats = {entry.output for entry in self._entries}
-        found = {name: self._inputs[name] for name in names if name in self._inputs}
-        found |= {name: onnx.ValueInfoProto(name=name, type=_tensor("float")) for name in names & floats}
-        others = sorted(names - found.keys())
+        floats = {
+            entry.output: onnx.ValueInfoProto(name=entry.output, type=_tensor("float")) for entry in self._entries
+        }
+        known = {**self._inputs, **floats}
+        others = sorted(names - known.keys())
         if others:
-            session = make_session(with_outputs(self._model, others), level="disable-all", threads=1)
+            nodes = [self._proto.graph.node[index] for index in unmapped]
+            outputs = [onnx.ValueInfoProto(name=name) for name in others]
+            session = make_session(self._model(nodes, [*known.values()], outputs), level="disable-all", threads=1)
             texts = {item.name: item.type for item in session.get_outputs()}
-            found |= {name: onnx.ValueInfoProto(name=name, type=_type_of(name, texts[name])) for name in others}
-        return found
+            known |= {name: onnx.ValueInfoProto(name=name, type=_type_of(name, texts[name])) for name in others}
+        return known
+
+    def _model(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+    ) -> SessionModel:
+        """A model of some of the nodes, with what they use of the initializers."""
+        used = {name for node in nodes for name in node.input} | names_in_bodies(nodes)
+        constants = [item for name, item in self._constants.items() if name in used]
+        graph = helper.make_graph(nodes, "segment", inputs, outputs, constants)
+        model = helper.make_model(graph, opset_imports=self._proto.opset_import, functions=self._proto.functions)
+        model.ir_version = self._proto.ir_version
+        return SessionModel(model, self._weights)
 
     def _segment(
         self, group: Sequence[int], reads: set[str], wanted: set[str], types: Mapping[str, onnx.ValueInfoProto]
@@ -158,17 +175,8 @@ class _Cutter:
         nodes = [self._proto.graph.node[index] for index in group]
         needs = tuple(sorted(reads))
         gives = tuple(name for node in nodes for name in node.output if name in wanted)
-        used = {name for node in nodes for name in node.input} | names_in_bodies(nodes)
-        graph = helper.make_graph(
-            nodes,
-            "segment",
-            [types[name] for name in needs],
-            [onnx.ValueInfoProto(name=name) for name in gives],
-            [item for name, item in self._constants.items() if name in used],
-        )
-        model = helper.make_model(graph, opset_imports=self._proto.opset_import, functions=self._proto.functions)
-        model.ir_version = self._proto.ir_version
-        return Segment(SessionModel(model, self._weights), needs, gives)
+        outputs = [onnx.ValueInfoProto(name=name) for name in gives]
+        return Segment(self._model(nodes, [types[name] for name in needs], outputs), needs, gives)
 
     def _spent(self, segments: Sequence[Segment | None]) -> list[tuple[str, ...]]:
         last: dict[str, int] = {}
@@ -184,6 +192,21 @@ class _Cutter:
             tuple(sorted(name for name, at in last.items() if at == index and name not in kept))
             for index in range(len(segments))
         ]
+
+
+def _without_weights(model: ir.Model, entries: Sequence[NodeEntry]) -> ir.Model:
+    """A copy in which mapped nodes have no weights and biases: the crossbars and the digital side have them."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    copy = model.clone()
+    mapped = {entry.output: entry for entry in entries}
+    for node in copy.graph:
+        entry = mapped.get(str(node.outputs[0].name)) if node.outputs else None
+        if entry is not None:
+            for slot in (0 if entry.constant_left else 1, *range(2, len(node.inputs))):
+                node.replace_input_with(slot, None)
+    RemoveUnusedNodesPass()(copy)
+    return copy
 
 
 def _tensor(kind: str) -> onnx.TypeProto:
