@@ -159,6 +159,35 @@ def test_each_node_between_runs_once(made: Callable[..., Path]) -> None:
     assert not [name for name in ran if name.endswith("_wdq")]
 
 
+def test_odd_graphs_run(tmp_path: Path) -> None:
+    """A node that nobody reads; outputs that are inputs, initializers or read on; a body that reads from around."""
+    m = folders.FloatModel([], {})
+    y = m.add("Conv", "x", (4, 3, 3, 3), bias=4)
+    m.add("Conv", y, (2, 4, 1, 1))
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", [y], ["inner"])],
+        "body",
+        [],
+        [onnx.helper.make_tensor_value_info("inner", 1, None)],
+    )
+    m.weights["sure"] = np.array(True)
+    m.nodes.append(onnx.helper.make_node("If", ["sure"], ["chosen"], "if", then_branch=inner, else_branch=inner))
+    m.nodes.append(onnx.helper.make_node("Shape", ["chosen"], ["sizes"], "shape"))
+    out = m.add("Conv", "chosen", (2, 4, 3, 3), bias=2)
+    m.nodes.append(onnx.helper.make_node("Flatten", [out], ["flat"], "flat"))
+    m.weights["constant"] = np.arange(3.0, dtype=np.float32)
+    proto = folders.float_model(m, [2, 3, 8, 8], [out, y, "flat", "constant", "x"])
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("sizes", onnx.TensorProto.INT64, [4]))
+    folders.write_folder(tmp_path / "result", folders.small_chip("offset"), source=proto)
+    feeds = random_feeds("pictures")
+    session = CrossbarSession(Plan(open_folder(tmp_path / "result"), 1))
+    expected = make_session(tmp_path / "result" / "model.onnx", level="disable-all", threads=1).run(None, feeds)
+    for one, other in zip(session.run(None, feeds), expected, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=0.02 * np.abs(other).max())
+    np.testing.assert_array_equal(session.run(["sizes"], feeds)[0], [2, 4, 6, 6])
+
+
 def test_replicas_take_turns(made: Callable[..., Path]) -> None:
     """A second copy with other cells computes every second position."""
     mapped = open_folder(made("offset", "sequences", cells=False))

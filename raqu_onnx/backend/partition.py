@@ -89,7 +89,9 @@ class _Cutter:
         self._inputs = {item.name: item for item in graph.input if item.name not in self._constants}
         self._outputs = [item.name for item in graph.output]
         self._producer = {name: index for index, item in enumerate(graph.node) for name in item.output if name}
-        self._entries = sorted(entries, key=lambda entry: self._producer[entry.output])
+        # A node whose output nobody reads needs no run.
+        read = [entry for entry in entries if entry.output in self._producer]
+        self._entries = sorted(read, key=lambda entry: self._producer[entry.output])
         self._mapped = {self._producer[entry.output] for entry in self._entries}
 
     def stages(self) -> tuple[Stage, ...]:
