@@ -21,8 +21,9 @@ class Adc:
     """A converter whose step is one level of one cell driven with an input of 1.
 
     With n bits it gives `0 .. 2^n - 1`, or `-2^(n-1) .. 2^(n-1) - 1` where it is signed; sums beyond are clipped to the
-    nearest end, sums between two steps are rounded to the nearest. Source: the converter of CrossSim
-    (`xbar.adc.mvm`, range option MAX in steps of one level), and the counts of ISAAC, ISCA 2016, section 5.
+    nearest end, sums between two steps are rounded to the nearest. Source: Shafiee et al., ISAAC, ISCA 2016, section 5,
+    whose ADC counts levels: R wordlines of w-bit cells driven with v bits take `log2(R) + v + w` bits, one less where v
+    or w is 1, and one less again where columns are stored flipped.
 
     Attributes:
         bits: Resolution; None for an ideal converter, which neither clips nor rounds.

@@ -248,7 +248,9 @@ def bundled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param) / "result"
     arrays = {name: array[:16] for name, array in bundled_arrays("calibration").items()}
     model = ROOT / "raqu_onnx" / "bundled" / f"{request.param}.onnx"
-    optimize(model, folder, calibration=arrays, weight_bits=4, evaluations=0, cells=True, threads=1)
+    optimize(
+        model, folder, calibration=arrays, weight_bits=4, evaluations=0, weight_method="mse", cells=True, threads=1
+    )
     return folder
 
 
@@ -267,6 +269,17 @@ def test_bundled_models_are_bit_exact(bundled: Path) -> None:
     narrow = CrossbarSession(plan, Setting(adc=Adc(4)))
     assert not np.array_equal(narrow.run(None, feeds)[0], fast)
     assert any(node.clipped for node in narrow.reports())
+
+
+@pytest.mark.parametrize("chip", ["isaac", "differential-column, pairs", "differential-row", "twos-complement"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+def test_every_node_of_the_bundled_models_in_every_encoding(tmp_path: Path, name: str, chip: str) -> None:
+    """Random codes of mixed widths with dropped kernels, and zero points that are not 0."""
+    settings_ = {**folders.CHIPS[chip], "rows": 128, "cols": 128}
+    proto = onnx.load(ROOT / "raqu_onnx" / "bundled" / f"{name}.onnx")
+    folders.write_folder(tmp_path / "result", folders.small_chip(**settings_), source=proto)
+    image = bundled_arrays("test")["input"][:1]
+    assert check_every_node(tmp_path / "result", {"input": image}) >= 20
 
 
 # --------------------------------------------------------------------------------------------------- onnx's interface

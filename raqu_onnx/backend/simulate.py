@@ -68,16 +68,13 @@ class SimulationReport:
     @property
     def distribution(self) -> dict[str, float]:
         """Mean, standard deviation (of the repeats themselves, not an estimate), smallest and largest quality."""
-        values: NDArray[np.float64] = np.array([score.quality for score in self.runs])
-        return {"mean": float(values.mean()), "std": float(values.std()), "min": values.min(), "max": values.max()}
+        values = np.array([score.quality for score in self.runs])
+        figures = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+        return {name: float(value) for name, value in figures.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; null stands for what JSON does not know."""
-        content = {
-            **asdict(self),
-            "metric": self.metric,
-            "distribution": {key: float(value) for key, value in self.distribution.items()},
-        }
+        content = {**asdict(self), "metric": self.metric, "distribution": self.distribution}
         found: dict[str, Any] = finite(content)
         return found
 

@@ -143,7 +143,7 @@ def _share(part: int, whole: int) -> str:
 def _lines(report: SimulationReport) -> Iterator[str]:
     from raqu_onnx.cli.printing import counted
 
-    yield "lossless ADC bits: the resolution with which no input at all could make a sum clip, and none of this data"
+    yield "lossless ADC bits: with so many no input at all makes a sum clip; on this data: none of these samples does"
     bits = "ideal" if report.adc_bits is None else f"{report.adc_bits} bits, {'' if report.adc_signed else 'un'}signed"
     yield f"ADC: {bits}"
     yield f"data: {report.data}, {counted(report.samples, 'sample')}"
