@@ -4,7 +4,8 @@ Every input code is driven in slices of `dac_bits` bits, least significant first
 its wordlines of input times level, the ADC converts it, and the rest is digital: a flipped column of cells with the
 largest level `full` reads `full * sum(x)` minus that; input slices are shifted and added, then weight slices and
 polarities; `offset * sum(x)` is subtracted; the results of row blocks are added. `sum(x)` is read from the unit column
-where there is one. Source: Shafiee et al., ISAAC, ISCA 2016, section 5.
+where there is one. Where a chip drives fewer wordlines at once, those of a placement take turns from its first one on,
+and every turn is converted. Source: Shafiee et al., ISAAC, ISCA 2016, section 5.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raqu_onnx import SimulationReport, simulate
+from raqu_onnx import SimulationReport, builtin_chips, load_chip, simulate
 
 RUN = (
     "optimize",
@@ -113,6 +113,24 @@ def test_the_chip_says_what_its_converters_hold(cli: Cli) -> None:
     assert (report.adc_bits, report.adc_signed, report.samples) == (4, False, 8)
     assert sum(node.clipped for node in report.nodes) > 0
     assert simulate("model-raqu", "eval.npz", samples=8, adc_bits="ideal", threads=1).adc_bits is None
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("chip", builtin_chips())
+def test_every_built_in_chip_can_be_simulated(cli: Cli, chip: str) -> None:
+    """Ideal converters and those said to be lossless lose nothing; cells that vary do."""
+    assert cli(*RUN, "--hw", chip).code == 0
+    ideal = simulate("model-raqu", "eval.npz", samples=8, adc_bits="ideal", threads=1)
+    enough = max(node.lossless_bits for node in ideal.nodes)
+    report = simulate("model-raqu", "eval.npz", samples=8, adc_bits=enough, threads=1)
+    assert report.runs[0].sqnr_db == float("inf")
+    assert not any(node.clipped for node in report.nodes)
+    assert all(node.conversions for node in report.nodes)
+    # Less than this may vanish where a converter rounds sums of few cells.
+    noisy = simulate("model-raqu", "eval.npz", samples=8, variation=0.5, repeats=1, threads=1)
+    assert noisy.adc_bits == load_chip(chip).adc_bits
+    assert noisy.runs[0].sqnr_db is not None
+    assert noisy.runs[0].sqnr_db < 60
 
 
 @pytest.mark.usefixtures("result")
