@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raqu_onnx.backend as backend
-from raqu_onnx import optimize
+from raqu_onnx import optimize, validate
 from raqu_onnx.backend import engines
 from raqu_onnx.backend.engines import RecombinedNode, SlicedNode, exact_bits
 from raqu_onnx.backend.folder import MappedModel, open_folder
@@ -208,6 +208,31 @@ def test_replicas_take_turns(made: Callable[..., Path]) -> None:
     flat, expected = (np.moveaxis(array, 1, -1).reshape(-1, array.shape[1]) for array in (found, whole))
     np.testing.assert_array_equal(flat[::2], expected[::2])
     assert (flat[1::2] != expected[1::2]).any()
+
+
+def test_validate_runs_the_whole_model(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = validate(made("offset"), threads=1)
+    assert report.passed
+    assert "run.crossbars" in {check.name for check in report.checks}
+    right = CrossbarSession._run_node
+    monkeypatch.setattr(CrossbarSession, "_run_node", lambda *given: 1.5 * right(*given))
+    assert {check.name for check in validate(made("offset"), threads=1).failures} == {"run.crossbars"}
+
+
+@pytest.mark.parametrize("way", ["SlicedNode", "RecombinedNode"])
+def test_validate_checks_both_ways(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """One sum that is off by one in one node is found."""
+    right = getattr(engines, way).sums
+
+    def wrong(self: Any, codes: np.ndarray) -> np.ndarray:
+        found = np.array(right(self, codes), np.float64)
+        found.flat[-1] += 1
+        return found
+
+    monkeypatch.setattr(f"raqu_onnx.backend.engines.{way}.sums", wrong)
+    failures = validate(made("offset"), threads=1).failures
+    assert "cells.mvm" in {check.name for check in failures}
+    assert any("1 of" in check.detail for check in failures)
 
 
 # --------------------------------------------------------------------------------------------- exactness and memory
