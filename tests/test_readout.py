@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raqu_onnx.backend.engines import _pieces, exact_bits
 from raqu_onnx.cell_errors import CellErrors, DisturbedCells
 from raqu_onnx.cells import ProgrammedCells
 from raqu_onnx.converters import Adc, Conversions
@@ -309,3 +310,17 @@ def test_pieces_of_vectors_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     whole = readout(manifest, cells).run(x)
     monkeypatch.setattr("raqu_onnx.readout._PIECE", 1)
     np.testing.assert_array_equal(readout(manifest, cells).run(x), whole)
+
+
+@given(st.integers(1, 1 << 18), st.integers(1, 255), st.integers(1, 128), st.lists(st.integers(-255, 255), min_size=1))
+def test_pieces_are_exact_and_add_up(rows: int, largest: int, weight: int, values: list[int]) -> None:
+    bits = exact_bits(rows, largest, weight)
+    if bits == 0:
+        assert rows * 2 * weight >= 1 << 24
+        return
+    x = np.clip(np.array(values, np.int16), -largest, largest).astype(np.int16)
+    total = np.zeros(len(x), np.int64)
+    for shift, part in _pieces(x, bits):
+        assert rows * int(np.abs(part).max()) * weight < 1 << 24
+        total += part.astype(np.int64) << shift
+    np.testing.assert_array_equal(total, x)
