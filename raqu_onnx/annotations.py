@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import Placement
     from raqu_onnx.quantized import EmittedNames, QuantizedNode
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BITS",
     "CALIBRATION",
+    "COST",
+    "CYCLES",
     "EMITTED",
     "HISTOGRAM",
     "INPUT",
@@ -129,6 +132,9 @@ SEARCH: Annotation[SearchResult] = Annotation("search", "search-bits")
 QUANTIZED: Annotation[QuantizedNode] = Annotation("quantized_node", "quantize-weights")
 EMITTED: Annotation[EmittedNames] = Annotation("emitted_names", "insert-qdq")
 PLACEMENT: Annotation[Placement] = Annotation("placement", "place-crossbars")
+COST: Annotation[CostEntry] = Annotation("cost", "write-manifest")
+# Cycles of one inference by node, None where unknown.
+CYCLES: Annotation[dict[str, int | None]] = Annotation("cycles", "write-manifest")
 VALIDATION: Annotation[ValidationReport] = Annotation("validation", "check")
 
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from raqu_onnx.annotations import MAPPED, mapped_nodes, unmapped_nodes
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import naming_model
 from raqu_onnx.hardware import Chip, load_chip
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.mapping import UnmappedNode
 
 __all__ = ["Inspection", "NodeTiling", "inspect", "place_anyway"]
@@ -40,6 +44,7 @@ class NodeTiling:
         cells: Cells that its weights program.
         utilization: Programmed cells over cells of those crossbars.
         crossbar_type: Name of their type.
+        cycles: Cycles of one inference at 8-bit activations, None where its MVMs are open.
     """
 
     node: MappedNode
@@ -47,6 +52,7 @@ class NodeTiling:
     cells: int
     utilization: float
     crossbar_type: str
+    cycles: int | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Inspection:
         exclusive: All nodes placed with one node per crossbar.
         packed: All nodes placed as the chip allows.
         fits: The packed placement stays within the chip's counts.
+        exclusive_cost: Cycles, energy, area and writes of `exclusive`, at 8-bit activations.
+        packed_cost: The same of `packed`.
     """
 
     chip: Chip
@@ -71,6 +79,8 @@ class Inspection:
     exclusive: Placement
     packed: Placement
     fits: bool
+    exclusive_cost: CostEntry
+    packed_cost: CostEntry
     others: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -103,15 +113,20 @@ def inspect(
     matrices = {node.name: Matrix.of(node.layout, weight_bits) for node in nodes}
     packed, fits = place_anyway(matrices, hardware, hardware.sharing)
     exclusive, _ = place_anyway(matrices, hardware, "exclusive")
+    flow = Flow(*execution_order(loaded, matrices))
+    mvms = {node.name: node.mvms for node in nodes}
+    alone, together = (placement_cost(p, mvms, dict.fromkeys(mvms, MAX_BITS), flow) for p in (exclusive, packed))
     return Inspection(
         chip=hardware,
         weight_bits=weight_bits,
-        nodes=tuple(_alone(nodes, exclusive)),
+        nodes=tuple(_alone(nodes, exclusive, alone.cycles)),
         unmapped=tuple(unmapped_nodes(loaded)),
         exclusive=exclusive,
         packed=packed,
         fits=fits,
         others=_others(loaded),
+        exclusive_cost=alone.total,
+        packed_cost=together.total,
     )
 
 
@@ -143,7 +158,7 @@ def place_anyway(matrices: Mapping[str, Matrix], chip: Chip, sharing: Sharing) -
         return place(matrices, chip, sharing=sharing, ignore_counts=True), False
 
 
-def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTiling]:
+def _alone(nodes: Sequence[MappedNode], exclusive: Placement, cycles: Mapping[str, int | None]) -> Iterator[NodeTiling]:
     slots: dict[str, set[int]] = {node.name: set() for node in nodes}
     for block in exclusive.blocks:
         slots[block.node].add(block.crossbar)
@@ -154,4 +169,4 @@ def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTi
         taken = len(slots[node.name])
         crossbars = taken * shape.encoding.arrays_per_placement
         name = exclusive.chip.crossbars[kind].name
-        yield NodeTiling(node, crossbars, cells, cells / (taken * shape.cells), name)
+        yield NodeTiling(node, crossbars, cells, cells / (taken * shape.cells), name, cycles[node.name])

@@ -24,6 +24,7 @@ from raqu_onnx.hardware import Chip, Sharing
 from raqu_onnx.manifest_entries import (
     ActivationEntry,
     CellSlice,
+    CostEntry,
     CrossbarTotal,
     DataProvenance,
     EncodingEntry,
@@ -47,6 +48,7 @@ __all__ = [
     "VERSION",
     "ActivationEntry",
     "CellSlice",
+    "CostEntry",
     "CrossbarTotal",
     "DataProvenance",
     "EncodingEntry",

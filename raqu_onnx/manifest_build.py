@@ -34,6 +34,7 @@ from raqu_onnx.manifest import (
 )
 from raqu_onnx.manifest_stages import assign_turns, stage_entries
 from raqu_onnx.manifest_view import ManifestView, flip_runs, to_ranges
+from raqu_onnx.model_cost import manifest_cost, with_costs
 from raqu_onnx.tiling import ColumnOrder, column_order
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.encodings import Encoding
     from raqu_onnx.layout import LayoutKind, MappedNode
-    from raqu_onnx.manifest_entries import MappedOp
+    from raqu_onnx.manifest_entries import CostEntry, MappedOp
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import PlacedBlock, Placement
     from raqu_onnx.quantized import EmittedNames, QuantizedNode
@@ -108,6 +109,8 @@ def build_manifest(context: ManifestContext) -> Manifest:
     nodes = tuple(
         _node(item, context.emitted[item.node.name], blocks[item.node.name], placement) for item in context.quantized
     )
+    stages = stage_entries(context.order, context.predecessors, nodes, placement.blocks)
+    cost = manifest_cost(placement.chip, nodes, stages, placement.crossbars_by_type)
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -123,11 +126,11 @@ def build_manifest(context: ManifestContext) -> Manifest:
         sharing=placement.sharing,
         encodings=_encodings(context),
         nodes=nodes,
-        stages=stage_entries(context.order, context.predecessors, nodes, placement.blocks),
+        stages=with_costs(stages, cost),
         unmapped=tuple(
             UnmappedEntry(name=item.name, op_type=item.op_type, reason=item.reason) for item in context.unmapped
         ),
-        totals=_totals(placement, nodes),
+        totals=_totals(placement, nodes, cost.total),
     )
     return (_with_flips(manifest, context) if placement.chip.flip else manifest).sealed()
 
@@ -347,7 +350,7 @@ def _with_flips(manifest: Manifest, context: ManifestContext) -> Manifest:
 # -------------------------------------------------------------------------------------------------- totals
 
 
-def _totals(placement: Placement, nodes: Sequence[NodeEntry]) -> Totals:
+def _totals(placement: Placement, nodes: Sequence[NodeEntry], cost: CostEntry) -> Totals:
     return Totals(
         crossbars=tuple(
             CrossbarTotal(name=kind.name, allocated=allocated, count=kind.count)
@@ -358,4 +361,5 @@ def _totals(placement: Placement, nodes: Sequence[NodeEntry]) -> Totals:
         lower_bound=placement.lower_bound,
         placements=sum(len(node.placements) for node in nodes),
         dropped_kernels=sum(int(np.count_nonzero(m.bits == 0)) for m in placement.matrices.values()),
+        cost=cost,
     )

@@ -11,6 +11,7 @@ from raqu_onnx.encodings import Polarity, SignedEncoding
 __all__ = [
     "ActivationEntry",
     "CellSlice",
+    "CostEntry",
     "CrossbarTotal",
     "DataProvenance",
     "EncodingEntry",
@@ -37,6 +38,7 @@ Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Signed = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
 Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Range = Annotated[tuple[Whole, Whole], Field(description="half-open range: first, last + 1")]
+Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MappedOp = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 Bits = Annotated[int, Field(ge=0, le=8)]
@@ -223,6 +225,11 @@ class StageEntry(Entry):
     shares_with: tuple[str, ...] = Field(
         description="other nodes with blocks in the same rows or columns: never in the same cycle as this one"
     )
+    cycles: Whole | None = Field(description="of one inference; null where MVMs or activation bits are unknown")
+    start: Whole | None = Field(
+        description="cycle within every interval of the pipeline, see totals.cost, at which it starts; null likewise"
+    )
+    energy_pj: Energy | None = Field(description="of one inference in crossbars, DACs and ADCs; null where unknown")
 
 
 class UnmappedEntry(Entry):
@@ -248,6 +255,35 @@ class CrossbarTotal(Entry):
     count: Positive | None = Field(description="physical arrays on the chip; null: as many as needed")
 
 
+class CostEntry(Entry):
+    """What the crossbars with their DACs and ADCs cost; digital units, buffers and wires between them do not count."""
+
+    cycle: Literal["array-read", "column-turn"] = Field(
+        description="what a cycle is: one read of an array with one input bit-slice, or one turn of its columns at the "
+        "ADCs"
+    )
+    cycle_ns: Step | None = Field(description="its length; null where the chip gives none")
+    latency_cycles: Whole | None = Field(
+        description="one inference alone: stages after each other or in parallel, as data and shared crossbars allow"
+    )
+    critical_path: tuple[str, ...] = Field(
+        description="stages that decide it, each waiting for the result or the crossbars of the one before"
+    )
+    interval_cycles: Whole | None = Field(
+        description="from one inference to the next when they overlap: every stage computes once in it, at its start"
+    )
+    pipeline_latency_cycles: Whole | None = Field(description="one inference in that pipeline, from start to end")
+    energy_pj: Energy | None = Field(description="of one inference")
+    area_um2: Energy | None = Field(description="of all crossbars in use")
+    write_cells: Whole = Field(description="cells that are programmed once before the first inference")
+    write_rows: Whole = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: Energy | None = Field(description="time for it: wordline by wordline, all crossbars at once")
+    write_energy_pj: Energy | None = Field(description="energy for it")
+    missing: dict[Literal["cycles", "time", "energy", "area", "write_time", "write_energy"], tuple[str, ...]] = Field(
+        description="for each figure that is null, what the chip or the model does not give"
+    )
+
+
 class Totals(Entry):
     """Figures of the whole model; padding, structural zeros and unit columns never count as used."""
 
@@ -257,3 +293,4 @@ class Totals(Entry):
     lower_bound: Whole = Field(description="fewest crossbars that any placement of these weights could use")
     placements: Whole
     dropped_kernels: Whole = Field(description="over all groups of all nodes")
+    cost: CostEntry

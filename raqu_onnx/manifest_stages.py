@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest_entries import NodeEntry
     from raqu_onnx.placement import PlacedBlock
 
-__all__ = ["assign_turns", "clashes", "execution_order", "stage_entries"]
+__all__ = ["assign_turns", "clashes", "execution_order", "rivals_of", "stage_entries"]
 
 
 def execution_order(model: ir.Model, names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
@@ -84,7 +84,7 @@ def stage_entries(
     nodes: Sequence[NodeEntry],
     blocks: Sequence[PlacedBlock],
 ) -> tuple[StageEntry, ...]:
-    """One stage per mapped node.
+    """One stage per mapped node, without its costs.
 
     Args:
         order: Names of the mapped nodes in a valid order of execution.
@@ -92,7 +92,7 @@ def stage_entries(
         nodes: Their entries, with turns assigned.
         blocks: Where everything lies.
     """
-    rivals = _rivals(blocks)
+    rivals = rivals_of(blocks)
     turns = {node.name: max((p.turn + 1 for p in node.placements), default=0) for node in nodes}
     rank = {name: index for index, name in enumerate(order)}
     return tuple(
@@ -101,12 +101,15 @@ def stage_entries(
             after=tuple(predecessors.get(name, ())),
             turns=turns[name],
             shares_with=tuple(sorted(rivals.get(name, ()), key=rank.__getitem__)),
+            cycles=None,
+            start=None,
+            energy_pj=None,
         )
         for name in order
     )
 
 
-def _rivals(blocks: Sequence[PlacedBlock]) -> dict[str, set[str]]:
+def rivals_of(blocks: Sequence[PlacedBlock]) -> dict[str, set[str]]:
     """Nodes with blocks in the same rows or columns of a crossbar as a node."""
     by_crossbar: dict[tuple[int, int], list[PlacedBlock]] = {}
     for placed in blocks:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from raqu_onnx.annotations import (
+    COST,
+    CYCLES,
     EMITTED,
     KEPT,
     PLACEMENT,
@@ -27,6 +29,8 @@ from raqu_onnx.errors import CheckError, naming_model
 from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model, model_digest, save_model
 from raqu_onnx.output import check_output, staged_folder
 from raqu_onnx.passes.tidy import TidyPass
@@ -175,6 +179,7 @@ class _Run:
             search=SEARCH.get(model),
             validation=validation,
             levels=levels,
+            cycles=CYCLES.get(model) or {},
             lower_bound=None if placement is None else placement.lower_bound,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
             warnings=(
@@ -211,7 +216,7 @@ class _Run:
                 judge.reference_score,
             )
         ]  # fmt: skip
-        rows += _baseline_rows(found, judge, quantizer, self.resources.chip)
+        rows += _baseline_rows(found, judge, quantizer, self.resources.chip, _flow(model, quantizer))
         levels = judge.levels(self.resources.folder / MODEL_FILE)
         weights, activations = _mean_bits(model)
         rows.append(
@@ -224,6 +229,7 @@ class _Run:
                 placement.bit_utilization,
                 None if found is None else found.chosen.score,
                 levels.get("enable-all"),
+                COST.get(model),
             )
         )
         return tuple(rows), levels
@@ -283,7 +289,13 @@ def _tidied(model: ir.Model, exclude: tuple[str, ...]) -> ir.Model:
     return tidied
 
 
-def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip) -> list[Figures]:
+def _flow(model: ir.Model, quantizer: ModelQuantizer) -> Flow:
+    return Flow(*execution_order(model, quantizer.sources))
+
+
+def _baseline_rows(
+    found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip, flow: Flow
+) -> list[Figures]:
     if found is None or not found.baselines:
         return []
     baselines = [found.baselines[0]]
@@ -299,6 +311,9 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
         sources = zip(quantizer.sources.items(), item.bits.weights, strict=True)
         matrices = {name: Matrix.of(source.node.layout, bits) for (name, source), bits in sources}
         weights = sum(m.weight_bits for m in matrices.values()) / sum(m.rows * m.bits.size for m in matrices.values())
+        mvms = {name: source.node.mvms for name, source in quantizer.sources.items()}
+        activations = item.bits.activations or (None,) * len(matrices)
+        inputs = dict(zip(quantizer.sources, activations, strict=True))
         for label, mode in modes:
             placed, _ = place_anyway(matrices, chip, mode)
             rows.append(
@@ -311,6 +326,7 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
                     placed.bit_utilization,
                     item.score,
                     evaluation,
+                    placement_cost(placed, mvms, inputs, flow).total,
                 )
             )
     return rows

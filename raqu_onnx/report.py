@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raqu_onnx.manifest_entries import CostEntry
+
 __all__ = [
     "VERSION",
     "DataReport",
@@ -82,6 +84,7 @@ class FiguresReport(_Part):
     evaluation: ScoreReport | None = Field(
         description="score on data that neither calibration nor search has seen, null without such data"
     )
+    cost: CostEntry | None = Field(description="cycles, energy, area and writes, null for float")
 
 
 class WidthsReport(_Part):
@@ -138,6 +141,9 @@ class Report(_Part):
     lower_bound: int | None = Field(description="fewest crossbars that any placement of these bits could use")
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
+    cycles: dict[str, int | None] = Field(
+        description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
+    )
     front: list[FrontReport] = Field(description="by rising crossbars")
     kept: list[KeptReport]
     unmapped: list[UnmappedReport]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raqu_onnx.evaluation import Score
+    from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
@@ -55,6 +56,7 @@ class Figures:
         selection: Score on the data that widths were chosen on; where widths are fixed and no selection data is given,
             on the calibration data.
         evaluation: Score on data that neither calibration nor search has seen, None without such data.
+        cost: Cycles, energy, area and writes, None for float.
     """
 
     label: str
@@ -65,6 +67,7 @@ class Figures:
     bit_utilization: float | None
     selection: Score | None
     evaluation: Score | None
+    cost: CostEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class OptimizeResult:
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
+        cycles: Cycles of one inference by node, None where its MVMs or input bits are unknown.
         kept: Nodes that kept 8 bits and the pattern that asked for it.
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
             `calibration`, `selection`, `evaluation`.
@@ -98,6 +102,7 @@ class OptimizeResult:
     warnings: tuple[str, ...]
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
+    cycles: Mapping[str, int | None] = field(default_factory=dict)
     kept: tuple[tuple[str, str], ...] = ()
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
     method: tuple[str, ...] = ()
@@ -133,6 +138,7 @@ class OptimizeResult:
             "lower_bound": self.lower_bound,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
+            "cycles": dict(self.cycles),
             "front": [] if search is None else [_front_json(item) for item in search.front],
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],
             "unmapped": [{"name": n, "op_type": o, "reason": r} for n, o, r in self.unmapped],

@@ -139,10 +139,12 @@ class FolderChecks:
         run("placement.sharing", mapping.sharing_findings(table), manifest.sharing)
         run("placement.partial-sums", mapping.partial_sum_findings(table), count)
         run("placement.turns", mapping.turn_findings(table), count)
-        run("stages.nodes", totals.stage_findings(manifest, table), f"{len(manifest.stages)} stages")
+        staged = run("stages.nodes", totals.stage_findings(manifest, table), f"{len(manifest.stages)} stages")
         counted = run("totals.crossbars", totals.crossbar_findings(table), _crossbars(manifest))
         if counted:
             run("totals.figures", totals.totals_findings(table, view), _utilization(manifest))
+        if counted and staged:
+            run("totals.cost", totals.cost_findings(manifest), f"{manifest.totals.cost.latency_cycles or '?'} cycles")
         return good
 
     def check_cells(self, emitted: EmittedModel, view: ManifestView) -> None:

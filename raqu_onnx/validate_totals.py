@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import ValidationError
 
 from raqu_onnx.errors import ChipError
 from raqu_onnx.manifest_stages import clashes
+from raqu_onnx.model_cost import manifest_cost, with_costs
 from raqu_onnx.placement import geometries, lower_bound
 from raqu_onnx.tiling import Matrix
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest_view import ManifestView
     from raqu_onnx.validate_mapping import PlacementTable
 
-__all__ = ["crossbar_findings", "stage_findings", "totals_findings"]
+__all__ = ["cost_findings", "crossbar_findings", "stage_findings", "totals_findings"]
 
 
 def crossbar_findings(table: PlacementTable) -> Iterator[str]:
@@ -116,3 +119,34 @@ def stage_findings(manifest: Manifest, table: PlacementTable) -> Iterator[str]:
             yield f"stages: {stage.node}: turns is {stage.turns}, its placements take {turns[stage.node]}"
         if sorted(stage.shares_with) != sorted(rivals[stage.node]):
             yield f"stages: {stage.node}: shares_with is not the nodes in its rows and columns"
+
+
+def cost_findings(manifest: Manifest) -> Iterator[str]:
+    """Cycles, schedule, energy, area and writes follow from placements, stages and the chip.
+
+    Needs `stage_findings` and `crossbar_findings` to pass; without a valid order there is nothing to compare with.
+    """
+    rank = {stage.node: index for index, stage in enumerate(manifest.stages)}
+    if any(rank.get(name, len(rank)) >= rank[stage.node] for stage in manifest.stages for name in stage.after):
+        return
+    allocated = [total.allocated for total in manifest.totals.crossbars]
+    try:
+        cost = manifest_cost(manifest.chip, manifest.nodes, manifest.stages, allocated)
+    except ValidationError:
+        yield "totals.cost: MVMs and placements give figures that are too large for a manifest"
+        return
+    for stage, expected in zip(manifest.stages, with_costs(manifest.stages, cost), strict=True):
+        for key in ("cycles", "start", "energy_pj"):
+            if not _alike(getattr(stage, key), getattr(expected, key)):
+                yield f"stages: {stage.node}: {key} is {getattr(stage, key)}, not {getattr(expected, key)}"
+    found = manifest.totals.cost
+    for key in type(found).model_fields:
+        if not _alike(getattr(found, key), getattr(cost.total, key)):
+            yield f"totals.cost.{key}: is {getattr(found, key)}, placements and chip give {getattr(cost.total, key)}"
+
+
+def _alike(found: object, expected: object) -> bool:
+    """Equal; floats may differ in their last digits, since sums may have run in another order."""
+    if isinstance(found, float) and isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-9)
+    return found == expected

@@ -91,6 +91,7 @@ def test_one_node_can_be_counted_by_hand(cli: Cli, workspace: Path) -> None:
     assert nodes["conv2"] == {
         "name": "conv2", "op_type": "Conv", "groups": 1, "rows": 72, "kernels": 8, "mvms": 16, "crossbar_type": "main",
         "crossbars": 6, "cells": 72 * 8 * 3, "utilization": pytest.approx(72 * 8 * 3 / (6 * 32 * 16)),
+        "cycles": 16 * 8,  # MVMs by 1-bit slices of 8-bit inputs
     }  # fmt: skip
     assert nodes["fc"]["crossbars"] == 1
     assert nodes["fc"]["mvms"] == 1

@@ -10,6 +10,7 @@ from raqu_onnx.cli.printing import print_json
 
 if TYPE_CHECKING:
     from raqu_onnx.inspection import Inspection
+    from raqu_onnx.manifest_entries import CostEntry
 
 __all__ = ["add_parser"]
 
@@ -64,21 +65,23 @@ def _to_json(result: Inspection) -> dict[str, Any]:
                 "crossbars": item.crossbars,
                 "cells": item.cells,
                 "utilization": item.utilization,
+                "cycles": item.cycles,
             }
             for item in result.nodes
         ],
         "unmapped": [vars(node) for node in result.unmapped],
         "others": dict(result.others),
-        "exclusive": _totals(result.exclusive),
-        "packed": _totals(result.packed),
+        "exclusive": _totals(result.exclusive, result.exclusive_cost),
+        "packed": _totals(result.packed, result.packed_cost),
         "fits": result.fits,
     }
 
 
-def _totals(placement: Any) -> dict[str, Any]:
+def _totals(placement: Any, cost: CostEntry) -> dict[str, Any]:
     return {
         "crossbars": placement.crossbars,
         "crossbars_by_type": list(placement.crossbars_by_type),
         "cell_utilization": placement.cell_utilization,
         "bit_utilization": placement.bit_utilization,
+        "cost": cost.model_dump(mode="json"),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from raqu_onnx.cli.costs import number, print_costs
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.results import describe_goal
 from raqu_onnx.shortage import shortage
@@ -40,8 +41,11 @@ def print_result(result: OptimizeResult) -> None:
     """Print bits by node, the table of figures, the goal, what was gained and where the files are."""
     out = console()
     if result.bits:
-        rows = [(name, f"{w:g}", "float" if a is None else str(a)) for name, (w, a) in result.bits.items()]
-        print_table(out, ("node", "weight bits", "activation bits"), rows, right=(1, 2))
+        rows = [
+            (name, f"{w:g}", "float" if a is None else str(a), number(result.cycles.get(name), "d"))
+            for name, (w, a) in result.bits.items()
+        ]
+        print_table(out, ("node", "weight bits", "activation bits", "cycles"), rows, right=(1, 2, 3))
         if any(activation is not None for _, activation in result.bits.values()):
             out.print("activation bits: of a node's input; --input-bits sets those of the model's own inputs")
     if result.method:
@@ -67,7 +71,10 @@ def _print_figures(result: OptimizeResult) -> None:
     headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == _NOISE else metric, "KL")
     rows = [_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)]
     print_table(out, headers, rows, right=tuple(range(1, len(headers))), bold="ours")
-    for line in (*_legend(result, metric, judged=judged), "", *_goal_lines(result), *_summary(result, metric)):
+    for line in _legend(result, metric, judged=judged):
+        out.print(line)
+    print_costs([(item.label, item.cost) for item in result.figures if item.cost is not None])
+    for line in ("", *_goal_lines(result), *_summary(result, metric)):
         out.print(line)
 
 
@@ -108,9 +115,6 @@ def _named(data: DataSummary) -> str:
 
 
 def _figure_cells(item: Figures, score: Score | None) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     return [
         item.label,
         number(item.weight_bits, ".3g"),
@@ -186,13 +190,13 @@ def print_inspection(result: Inspection) -> None:
     out = console()
     chip = result.chip
     several = len(chip.crossbars) > 1
-    headers = ["node", "op", "G", "K", "M", "MVMs", *(["type"] if several else []), "crossbars", "cells used"]
+    headers = ["node", "op", "G", "K", "M", "MVMs", *(["type"] if several else []), "crossbars", "cells", "cycles"]
     rows = []
     for item in result.nodes:
         layout = item.node.layout
         numbers = (layout.groups, layout.rows, layout.kernels, "?" if item.node.mvms is None else item.node.mvms)
         kind = [item.crossbar_type] if several else []
-        cells = [*map(str, numbers), *kind, str(item.crossbars), f"{item.utilization:.1%}"]
+        cells = [*map(str, numbers), *kind, str(item.crossbars), f"{item.utilization:.1%}", number(item.cycles, "d")]
         rows.append([item.node.name, item.node.op_type, *cells])
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
     out.print(MATRIX_LEGEND)
@@ -216,6 +220,8 @@ def print_inspection(result: Inspection) -> None:
             f"{label}: {taken}, cells used {placement.cell_utilization:.1%}, bits used {placement.bit_utilization:.1%}"
         )
     out.print(f"lower bound: {_bound(result)}")
+    print_costs([("one node per crossbar", result.exclusive_cost), ("packed", result.packed_cost)])
+    out.print("cycles and energy are of 8-bit activations")
     if not result.fits:
         have = counted(sum(kind.count or 0 for kind in chip.crossbars), "crossbar")
         short = shortage(chip, result.packed.crossbars_by_type)
