@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import PLACEMENT, QUANTIZED, mapped_nodes
-from raqu_onnx.placement import place
+from raqu_onnx.annotations import NO_COPIES, PLACEMENT, QUANTIZED, SINGLE, mapped_nodes
+from raqu_onnx.placement import DoesNotFitError, Placement, place
+from raqu_onnx.replication import Budget, replicate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from raqu_onnx.hardware import Chip
+    from raqu_onnx.quantized import QuantizedNode
 
 __all__ = ["PlaceCrossbarsPass"]
 
@@ -26,11 +30,14 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
 
     Attributes:
         chip: The chip.
+        replicate: Most crossbars that copies of the slowest nodes may fill, `chip` for all that it has; None for one
+            copy of each node.
     """
 
     name: ClassVar[str] = "place-crossbars"
 
     chip: Chip
+    replicate: Budget | None = None
 
     def requires(self, model: ir.Model) -> None:
         """Every mapped node is quantized."""
@@ -42,15 +49,18 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
 
         Raises:
             DoesNotFitError: The chip has too few crossbars.
+            ConfigError: Copies are wanted, and the cycles of a node are unknown.
         """
         nodes = {QUANTIZED.require(node).node.name: node for node in mapped_nodes(model)}
         quantized = {name: QUANTIZED.require(node) for name, node in nodes.items()}
         matrices = {name: item.matrix() for name, item in quantized.items()}
         placement = place(matrices, self.chip)
+        if self.replicate is not None:
+            placement = self._with_copies(model, placement, quantized)
         PLACEMENT.set(model, placement)
         blocks: dict[str, int] = dict.fromkeys(nodes, 0)
         for placed in placement.blocks:
-            blocks[placed.node] += 1
+            blocks[placed.node] += placed.replica == 0
         for name, node in nodes.items():
             matrix = matrices[name]
             node.metadata_props["raqu.tiling"] = json.dumps(
@@ -59,7 +69,20 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
                     "rows": matrix.rows,
                     "kernels": matrix.bits.shape[1],
                     "blocks": blocks[name],
+                    "replicas": placement.replicas[name],
                     "crossbar_type": self.chip.crossbars[placement.types_by_node.get(name, 0)].name,
                 }
             )
         return ir.passes.PassResult(model, modified=True)
+
+    def _with_copies(self, model: ir.Model, single: Placement, quantized: Mapping[str, QuantizedNode]) -> Placement:
+        """The placement with copies; the one without, and the reason, where there is no room for them."""
+        mvms = {name: item.node.mvms for name, item in quantized.items()}
+        inputs = {name: None if (act := item.activation) is None else act.bits for name, item in quantized.items()}
+        try:
+            placement = replicate(single.matrices, self.chip, mvms, inputs, self.replicate or "chip")
+        except DoesNotFitError as error:
+            NO_COPIES.set(model, str(error))
+            return single
+        SINGLE.set(model, single)
+        return placement

@@ -40,11 +40,13 @@ __all__ = [
     "MAPPED",
     "METADATA_PREFIX",
     "MOMENTS",
+    "NO_COPIES",
     "PLACEMENT",
     "PROTECTED",
     "QUANTIZED",
     "QUANTIZER",
     "SEARCH",
+    "SINGLE",
     "UNMAPPED",
     "VALIDATION",
     "Annotation",
@@ -132,6 +134,10 @@ SEARCH: Annotation[SearchResult] = Annotation("search", "search-bits")
 QUANTIZED: Annotation[QuantizedNode] = Annotation("quantized_node", "quantize-weights")
 EMITTED: Annotation[EmittedNames] = Annotation("emitted_names", "insert-qdq")
 PLACEMENT: Annotation[Placement] = Annotation("placement", "place-crossbars")
+# The placement with one copy of each node, where the other one has more.
+SINGLE: Annotation[Placement] = Annotation("single_placement", "place-crossbars")
+# Why there are no copies where they were wanted.
+NO_COPIES: Annotation[str] = Annotation("no_copies", "place-crossbars")
 COST: Annotation[CostEntry] = Annotation("cost", "write-manifest")
 # Cycles of one inference by node, None where unknown.
 CYCLES: Annotation[dict[str, int | None]] = Annotation("cycles", "write-manifest")

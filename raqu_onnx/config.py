@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -79,6 +79,16 @@ def _weight_bits(value: object) -> tuple[int, int]:
     return parsed
 
 
+def _crossbar_budget(value: object) -> int | str | None:
+    """Read a number of crossbars, or `chip` for as many as it has."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+    if number is None or number == "chip":
+        return number
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        raise ValueError(f"{value!r} is no number of crossbars: give one such as 200, or chip for all that it has")
+    return number
+
+
 def _bits_text(value: tuple[int, int] | None) -> str | int:
     if value is None:
         return "float"
@@ -103,6 +113,7 @@ def _granularity(value: object) -> object:
 
 
 BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
+CrossbarBudget = Annotated[int | Literal["chip"] | None, BeforeValidator(_crossbar_budget)]
 OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
 
 
@@ -132,6 +143,9 @@ class OptimizeConfig(BaseModel):
         le=100,
         strict=True,
         description="most points of accuracy (or of agreement with float) that may be lost",
+    )
+    replicate: CrossbarBudget = Field(
+        None, description="most crossbars that copies of the slowest nodes may fill, chip for all that it has"
     )
     weight_bits: BitRange = Field(SearchSettings.weight_bits, description="width of weights: a range is searched")
     reduce_range: bool = Field(
@@ -304,6 +318,7 @@ def effective_toml(config: OptimizeConfig) -> str:
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
         "passes": "the default pipeline",
+        "replicate": "one copy of each node",
     }
     values = filled.model_dump(mode="json", by_alias=True)
     comments = [f"# {key}: {words}\n" for key, words in unset.items() if values[key] is None]

@@ -62,6 +62,11 @@ class ArrayFigures:
     adcs: int | None
     turns: bool
 
+    @property
+    def is_limited(self) -> bool:
+        """Not all wordlines are driven, or not all bitlines are read, in one cycle."""
+        return self.turns or self.rows_active < self.rows
+
     def row_turns(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """`ceil(rows / rows_active)`: the first factor of MNSIM 2.0's `multiple_time`, see `read_cycles`."""
         return -(-rows // self.rows_active)

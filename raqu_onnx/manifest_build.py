@@ -301,7 +301,7 @@ def _placements(
 ) -> Iterable[PlacementEntry]:
     turns = assign_turns(blocks)
     orders: dict[tuple[int, bytes], ColumnOrder] = {}
-    sums: dict[tuple[int, tuple[int, int]], int] = {}
+    sums: dict[tuple[int, int, tuple[int, int]], int] = {}
     for placed, turn in zip(blocks, turns, strict=True):
         block, geometry = placed.block, geometries[placed.crossbar_type]
         key = (placed.crossbar_type, bits[block.group].tobytes())
@@ -325,8 +325,8 @@ def _placements(
                 kernels=(low, high),
                 first_slice=block.columns[0] - int(starts[low]),
                 unit_column=last_col - 1 if geometry.unit_column else None,
-                replica=0,
-                partial_sum=sums.setdefault((block.group, block.columns), len(sums)),
+                replica=placed.replica,
+                partial_sum=sums.setdefault((placed.replica, block.group, block.columns), len(sums)),
                 turn=turn,
                 flipped=(),
             )

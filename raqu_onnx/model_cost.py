@@ -121,7 +121,7 @@ def model_cost(
     arrays = [figures_of(chip, kind) for kind in chip.crossbars]
     cycles = {load.name: load.cycles(chip, arrays) for load in loads}
     unknown = tuple(_open(load) for load in loads if cycles[load.name] is None)
-    alone, piped = (None, None) if unknown else _schedules(cycles, flow, rivals)
+    alone, piped = (None, None) if unknown else _schedules(cycles, flow, _with_contenders(loads, rivals, arrays))
     lacking = (*unknown, *missing_energy(chip))
     energy = {} if lacking else {load.name: _energy(load, chip, arrays) for load in loads}
     used = [index for index, count in enumerate(allocated) if count]
@@ -160,6 +160,25 @@ def _open(load: NodeLoad) -> str:
     return f"node {load.name}: {'its MVMs are open' if load.mvms is None else 'its input stays float'}"
 
 
+def _with_contenders(
+    loads: Sequence[NodeLoad], rivals: Mapping[str, Iterable[str]], arrays: Sequence[ArrayFigures]
+) -> dict[str, set[str]]:
+    """Rivals, and nodes in one crossbar that does not drive all its wordlines and read all its bitlines in one cycle.
+
+    These could compute at once, but not without slowing each other: derived here, they wait for each other instead.
+    """
+    found = {load.name: set(rivals.get(load.name, ())) for load in loads}
+    tenants: dict[tuple[int, int], set[str]] = {}
+    for load in loads:
+        for key in set(zip(load.regions.kind.tolist(), load.regions.crossbar.tolist(), strict=True)):
+            if arrays[key[0]].is_limited:
+                tenants.setdefault(key, set()).add(load.name)
+    for names in tenants.values():
+        for name in names:
+            found[name] |= names - {name}
+    return found
+
+
 def _schedules(
     cycles: Mapping[str, int | None], flow: Flow, rivals: Mapping[str, Iterable[str]]
 ) -> tuple[Sequential, Pipeline]:
@@ -196,7 +215,7 @@ def block_regions(blocks: Sequence[PlacedBlock], arrays_per_placement: Sequence[
         kind, block = placed.crossbar_type, placed.block
         arrays = arrays_per_placement[kind]
         table += [
-            (kind, placed.crossbar * arrays + array, turn, 0, placed.row, block.height, block.width)
+            (kind, placed.crossbar * arrays + array, turn, placed.replica, placed.row, block.height, block.width)
             for array in range(arrays)
         ]
     return Regions.of(table)

@@ -14,10 +14,12 @@ from raqu_onnx.annotations import (
     CYCLES,
     EMITTED,
     KEPT,
+    NO_COPIES,
     PLACEMENT,
     QUANTIZED,
     QUANTIZER,
     SEARCH,
+    SINGLE,
     VALIDATION,
     NodeBits,
     mapped_nodes,
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from raqu_onnx.data import DataSource
     from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Sharing
+    from raqu_onnx.manifest_entries import CostEntry
+    from raqu_onnx.placement import Placement
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
@@ -173,6 +177,7 @@ class _Run:
             save_model(model, staging / MODEL_FILE)
         figures, levels = self._figures(model, before)
         placement = PLACEMENT.get(model)
+        single = SINGLE.get(model) or placement
         result = OptimizeResult(
             output=folder,
             figures=figures,
@@ -180,12 +185,14 @@ class _Run:
             validation=validation,
             levels=levels,
             cycles=CYCLES.get(model) or {},
-            lower_bound=None if placement is None else placement.lower_bound,
+            lower_bound=None if single is None else single.lower_bound,
+            replicas={} if placement is None else placement.replicas,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
             warnings=(
                 *self.data.warnings,
                 *(self.data.label_warnings(figures[0]) if figures else ()),
                 *saturation_warning(_saturating(model)),
+                *([f"no copies: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),
             bits=_bits_by_node(model),
@@ -219,19 +226,20 @@ class _Run:
         rows += _baseline_rows(found, judge, quantizer, self.resources.chip, _flow(model, quantizer))
         levels = judge.levels(self.resources.folder / MODEL_FILE)
         weights, activations = _mean_bits(model)
-        rows.append(
+        rows += [
             Figures(
-                "ours",
+                label,
                 weights,
                 activations,
-                placement.crossbars,
-                placement.cell_utilization,
-                placement.bit_utilization,
+                placed.crossbars,
+                placed.cell_utilization,
+                placed.bit_utilization,
                 None if found is None else found.chosen.score,
                 levels.get("enable-all"),
-                COST.get(model),
+                COST.get(model) if placed is placement else _cost_of_ours(model, placed),
             )
-        )
+            for label, placed in _ours(model, placement)
+        ]
         return tuple(rows), levels
 
 
@@ -291,6 +299,19 @@ def _tidied(model: ir.Model, exclude: tuple[str, ...]) -> ir.Model:
 
 def _flow(model: ir.Model, quantizer: ModelQuantizer) -> Flow:
     return Flow(*execution_order(model, quantizer.sources))
+
+
+def _ours(model: ir.Model, placement: Placement) -> list[tuple[str, Placement]]:
+    """What is written, and before it the same weights without copies where there are any."""
+    single = SINGLE.get(model)
+    return [*([] if single is None else [("ours, one copy", single)]), ("ours", placement)]
+
+
+def _cost_of_ours(model: ir.Model, placement: Placement) -> CostEntry:
+    quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
+    mvms = {item.node.name: item.node.mvms for item in quantized}
+    inputs = {item.node.name: None if item.activation is None else item.activation.bits for item in quantized}
+    return placement_cost(placement, mvms, inputs, Flow(*execution_order(model, mvms))).total
 
 
 def _baseline_rows(

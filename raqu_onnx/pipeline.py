@@ -29,6 +29,7 @@ from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
 from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
+from raqu_onnx.replication import require_budget
 from raqu_onnx.search import no_progress
 from raqu_onnx.weights import FIT_PARTS, METHOD_PARTS
 
@@ -146,7 +147,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # The integers written into the graph.
         InsertQDQPass(),
         # A place for every block of weights.
-        PlaceCrossbarsPass(chip),
+        PlaceCrossbarsPass(chip, config.replicate),
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,
@@ -202,6 +203,7 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     """
     _require_parts(config)
     _require_effect(config)
+    require_budget(config.replicate, resources.chip)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
         defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}

@@ -50,6 +50,7 @@ class PlacedBlock:
         crossbar: Index of the placement slot among those of its type; a slot is a crossbar, or a pair of them.
         row: First wordline.
         col: First bitline.
+        replica: Copy of the node that it belongs to.
     """
 
     node: str
@@ -58,6 +59,7 @@ class PlacedBlock:
     crossbar: int
     row: int
     col: int
+    replica: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,14 @@ class Placement:
         return {placed.node: placed.crossbar_type for placed in self.blocks}
 
     @cached_property
+    def replicas(self) -> dict[str, int]:
+        """Copies of each node."""
+        found = dict.fromkeys(self.matrices, 1)
+        for placed in self.blocks:
+            found[placed.node] = max(found[placed.node], placed.replica + 1)
+        return found
+
+    @cached_property
     def crossbars_by_type(self) -> tuple[int, ...]:
         """Physical crossbars allocated per type."""
         return tuple(n * g.encoding.arrays_per_placement for n, g in zip(self.slots, self.geometries, strict=True))
@@ -110,18 +120,18 @@ class Placement:
 
     @cached_property
     def programmed_cells(self) -> int:
-        """Cells that hold weights; unit columns and padding do not count."""
+        """Cells that hold weights, in all copies; unit columns and padding do not count."""
         types = self.types_by_node
         return sum(
-            matrix.cells(self.geometries[types[name]].encoding)
+            self.replicas[name] * matrix.cells(self.geometries[types[name]].encoding)
             for name, matrix in self.matrices.items()
             if name in types
         )
 
     @cached_property
     def weight_bits(self) -> int:
-        """`sum(K * b_k)` over all kernels."""
-        return sum(matrix.weight_bits for matrix in self.matrices.values())
+        """`sum(K * b_k)` over all kernels, in all copies."""
+        return sum(self.replicas[name] * matrix.weight_bits for name, matrix in self.matrices.items())
 
     @property
     def cell_utilization(self) -> float:
@@ -135,14 +145,15 @@ class Placement:
 
     @cached_property
     def lower_bound(self) -> int:
-        """Fewest crossbars that any placement of these weights could use on this chip.
+        """Fewest crossbars that any placement of these weights, copies included, could use on this chip.
 
         Where the placement uses more than the chip has, the bound leaves the chip's counts out too.
         """
         counts = [kind.count for kind in self.chip.crossbars]
         if any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True)):
             counts = [None] * len(counts)
-        return lower_bound(list(self.matrices.values()), self.geometries, counts)
+        copies = [matrix for name, matrix in self.matrices.items() for _ in range(self.replicas[name])]
+        return lower_bound(copies, self.geometries, counts)
 
 
 def geometries(chip: Chip) -> tuple[ArrayGeometry, ...]:

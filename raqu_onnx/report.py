@@ -134,13 +134,18 @@ class Report(_Part):
     data: dict[Literal["calibration", "selection", "evaluation"], DataReport | None] = Field(
         description="what ranges were measured on, widths were chosen on, and the result is reported on"
     )
-    figures: list[FiguresReport] = Field(description="float first, then baselines, ours last")
+    figures: list[FiguresReport] = Field(
+        description="float first, then baselines, ours last; with copies of nodes, ours with one copy of each before it"
+    )
     levels: dict[str, ScoreReport] = Field(
         description="score of the emitted model on the evaluation data by onnxruntime optimization level"
     )
-    lower_bound: int | None = Field(description="fewest crossbars that any placement of these bits could use")
+    lower_bound: int | None = Field(
+        description="fewest crossbars that any placement of these bits could use, one copy of each node"
+    )
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
+    replicas: dict[str, int] = Field(description="copies on the chip by mapped node")
     cycles: dict[str, int | None] = Field(
         description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
     )

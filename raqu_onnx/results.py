@@ -80,11 +80,12 @@ class OptimizeResult:
         search: What was searched and found, None where the pipeline has no search.
         validation: Checks of the written files, None where the pipeline has no check.
         levels: Score of the emitted model on the evaluation data by onnxruntime optimization level.
-        lower_bound: Fewest crossbars that could hold the chosen weights.
+        lower_bound: Fewest crossbars that could hold the chosen weights, one copy of each.
         unmapped: Nodes that are not on crossbars and why, as (name, type, reason).
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
+        replicas: Copies on the chip by node.
         cycles: Cycles of one inference by node, None where its MVMs or input bits are unknown.
         kept: Nodes that kept 8 bits and the pattern that asked for it.
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
@@ -102,6 +103,7 @@ class OptimizeResult:
     warnings: tuple[str, ...]
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
+    replicas: Mapping[str, int] = field(default_factory=dict)
     cycles: Mapping[str, int | None] = field(default_factory=dict)
     kept: tuple[tuple[str, str], ...] = ()
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class OptimizeResult:
             "lower_bound": self.lower_bound,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
+            "replicas": dict(self.replicas),
             "cycles": dict(self.cycles),
             "front": [] if search is None else [_front_json(item) for item in search.front],
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],

@@ -17,7 +17,7 @@ from raqu_onnx.tiling import Matrix
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from raqu_onnx.manifest import Manifest
+    from raqu_onnx.manifest import Manifest, NodeEntry
     from raqu_onnx.manifest_view import ManifestView
     from raqu_onnx.validate_mapping import PlacementTable
 
@@ -65,20 +65,24 @@ def totals_findings(table: PlacementTable, view: ManifestView) -> Iterator[str]:
 
 
 def _weights(view: ManifestView) -> tuple[int, int, int]:
-    """Programmed cells, weight bits and dropped kernels of one replica each."""
+    """Programmed cells and weight bits of all replicas, and dropped kernels."""
     programmed = weight_bits = dropped = 0
     for node in view.manifest.nodes:
-        own = view.node(node)
+        own, copies = view.node(node), _copies(node)
         kind = next((placement.type for placement in node.placements), None)
         for group in range(node.matrix.groups):
             rows, bits = len(own.stored_rows(group)), own.bits[group]
-            weight_bits += rows * int(bits.sum())
+            weight_bits += copies * rows * int(bits.sum())
             dropped += int(np.count_nonzero(bits == 0))
             if kind is not None:
                 entry = view.encodings[kind]
                 per_column = entry.rows_per_weight * entry.arrays_per_placement
-                programmed += rows * own.columns(group, kind).count * per_column
+                programmed += copies * rows * own.columns(group, kind).count * per_column
     return programmed, weight_bits, dropped
+
+
+def _copies(node: NodeEntry) -> int:
+    return max((placement.replica + 1 for placement in node.placements), default=1)
 
 
 def _lower_bound(view: ManifestView) -> int | None:
@@ -88,9 +92,9 @@ def _lower_bound(view: ManifestView) -> int | None:
         own = view.node(node)
         rows = [len(own.stored_rows(group)) for group in range(node.matrix.groups)]
         # Groups may store different rows; the bound asks for cells only.
-        matrices.extend(Matrix(1, k, own.bits[g : g + 1]) for g, k in enumerate(rows) if len(set(rows)) > 1)
-        if len(set(rows)) == 1:
-            matrices.append(Matrix(len(rows), rows[0], own.bits))
+        alone = [Matrix(1, k, own.bits[g : g + 1]) for g, k in enumerate(rows)]
+        together = [Matrix(len(rows), rows[0], own.bits)]
+        matrices.extend((together if len(set(rows)) == 1 else alone) * _copies(node))
     try:
         return lower_bound(matrices, geometries(chip), [kind.count for kind in chip.crossbars])
     except ChipError:

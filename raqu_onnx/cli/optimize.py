@@ -97,6 +97,12 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "is an SQNR of 23 dB (default: 0.5)",
     )
     group.add_argument(
+        "--replicate",
+        metavar="N|chip",
+        help="fill free crossbars, up to N in all or as many as the chip has, with copies of the slowest nodes, so "
+        "that a pipeline takes the next inference sooner (default: one copy of each node)",
+    )
+    group.add_argument(
         "--task",
         choices=["auto", "classification", "regression"],
         help="what is judged: classification takes the first float output of shape (samples, classes) as class scores, "
@@ -188,7 +194,7 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
+    "max_accuracy_drop", "replicate", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
     "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples",
     "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
 )  # fmt: skip

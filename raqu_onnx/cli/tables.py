@@ -41,11 +41,7 @@ def print_result(result: OptimizeResult) -> None:
     """Print bits by node, the table of figures, the goal, what was gained and where the files are."""
     out = console()
     if result.bits:
-        rows = [
-            (name, f"{w:g}", "float" if a is None else str(a), number(result.cycles.get(name), "d"))
-            for name, (w, a) in result.bits.items()
-        ]
-        print_table(out, ("node", "weight bits", "activation bits", "cycles"), rows, right=(1, 2, 3))
+        _print_nodes(result)
         if any(activation is not None for _, activation in result.bits.values()):
             out.print("activation bits: of a node's input; --input-bits sets those of the model's own inputs")
     if result.method:
@@ -61,6 +57,17 @@ def print_result(result: OptimizeResult) -> None:
         out.print(f"all {len(tried)} checks of the written files passed")
     if result.output is not None:
         out.print(f"written to {result.output}", soft_wrap=True)
+
+
+def _print_nodes(result: OptimizeResult) -> None:
+    copied = any(count > 1 for count in result.replicas.values())
+    headers = ("node", "weight bits", "activation bits", *(["copies"] if copied else []), "cycles")
+    rows = []
+    for name, (weight, activation) in result.bits.items():
+        copies = [str(result.replicas[name])] if copied else []
+        bits = (f"{weight:g}", "float" if activation is None else str(activation))
+        rows.append((name, *bits, *copies, number(result.cycles.get(name), "d")))
+    print_table(console(), headers, rows, right=range(1, len(headers)))
 
 
 def _print_figures(result: OptimizeResult) -> None:
@@ -156,10 +163,11 @@ def _goal_lines(result: OptimizeResult) -> Iterator[str]:
 
 def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     """What quantization gained and what packing gained, kept apart."""
-    ours = result.figures[-1]
+    # Copies are no part of what quantization and packing gained.
+    rows = [item for item in result.figures[1:] if not item.label.startswith("ours")]
+    ours = result.figures[1 + len(rows)]
     search = result.search
     if search is not None and ours.crossbars:
-        rows = result.figures[1:-1]
         for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
             yield (
                 f"against {packed.label.removesuffix(', packed')}: packing {unpacked.crossbars} -> {packed.crossbars} "
