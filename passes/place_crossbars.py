@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from raqu_onnx.annotations import NO_COPIES, PLACEMENT, QUANTIZED, SINGLE, mapped_nodes
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.partitioning import Parts, place_in_parts
 from raqu_onnx.placement import DoesNotFitError, Placement, place
 from raqu_onnx.replication import Budget, replicate
 
@@ -32,12 +34,15 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
         chip: The chip.
         replicate: Most crossbars that copies of the slowest nodes may fill, `chip` for all that it has; None for one
             copy of each node.
+        partitions: Most parts that are programmed one after the other where the chip is too small, `auto` for as few
+            as will do; None where all has to fit at once.
     """
 
     name: ClassVar[str] = "place-crossbars"
 
     chip: Chip
     replicate: Budget | None = None
+    partitions: Parts | None = None
 
     def requires(self, model: ir.Model) -> None:
         """Every mapped node is quantized."""
@@ -54,7 +59,7 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
         nodes = {QUANTIZED.require(node).node.name: node for node in mapped_nodes(model)}
         quantized = {name: QUANTIZED.require(node) for name, node in nodes.items()}
         matrices = {name: item.matrix() for name, item in quantized.items()}
-        placement = place(matrices, self.chip)
+        placement = self._place(model, matrices)
         if self.replicate is not None:
             placement = self._with_copies(model, placement, quantized)
         PLACEMENT.set(model, placement)
@@ -74,6 +79,13 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
                 }
             )
         return ir.passes.PassResult(model, modified=True)
+
+    def _place(self, model: ir.Model, matrices: Mapping[str, Matrix]) -> Placement:
+        """All at once, or in parts where that is allowed and needed."""
+        if self.partitions is None:
+            return place(matrices, self.chip)
+        order, _ = execution_order(model, matrices)
+        return place_in_parts(matrices, self.chip, order, self.partitions)
 
     def _with_copies(self, model: ir.Model, single: Placement, quantized: Mapping[str, QuantizedNode]) -> Placement:
         """The placement with copies; the one without, and the reason, where there is no room for them."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import COST, CYCLES, EMITTED, PLACEMENT, QUANTIZED, mapped_nodes, unmapped_nodes
+from raqu_onnx.annotations import COST, CYCLES, EMITTED, PARTITIONS, PLACEMENT, QUANTIZED, mapped_nodes, unmapped_nodes
 from raqu_onnx.cells import write_cells
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.manifest_build import ManifestContext, build_manifest
@@ -80,6 +80,7 @@ class WriteManifestPass(ir.passes.InPlacePass):
             )
         )
         COST.set(model, manifest.totals.cost)
+        PARTITIONS.set(model, manifest.partitions)
         CYCLES.set(model, {stage.node: stage.cycles for stage in manifest.stages})
         manifest.write(Path(self.folder) / MANIFEST_FILE)
         if self.cells:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
-    from raqu_onnx.manifest_entries import CostEntry
+    from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import Placement
     from raqu_onnx.quantized import EmittedNames, QuantizedNode
@@ -41,6 +41,7 @@ __all__ = [
     "METADATA_PREFIX",
     "MOMENTS",
     "NO_COPIES",
+    "PARTITIONS",
     "PLACEMENT",
     "PROTECTED",
     "QUANTIZED",
@@ -138,6 +139,7 @@ PLACEMENT: Annotation[Placement] = Annotation("placement", "place-crossbars")
 SINGLE: Annotation[Placement] = Annotation("single_placement", "place-crossbars")
 # Why there are no copies where they were wanted.
 NO_COPIES: Annotation[str] = Annotation("no_copies", "place-crossbars")
+PARTITIONS: Annotation[tuple[PartitionEntry, ...]] = Annotation("partitions", "write-manifest")
 COST: Annotation[CostEntry] = Annotation("cost", "write-manifest")
 # Cycles of one inference by node, None where unknown.
 CYCLES: Annotation[dict[str, int | None]] = Annotation("cycles", "write-manifest")

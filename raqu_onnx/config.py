@@ -89,6 +89,16 @@ def _crossbar_budget(value: object) -> int | str | None:
     return number
 
 
+def _parts(value: object) -> int | str | None:
+    """Read a number of partitions, or `auto` for as few as will do."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+    if number is None or number == "auto":
+        return number
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        raise ValueError(f"{value!r} is no number of partitions: give one such as 4, or auto for as few as will do")
+    return number
+
+
 def _bits_text(value: tuple[int, int] | None) -> str | int:
     if value is None:
         return "float"
@@ -114,6 +124,7 @@ def _granularity(value: object) -> object:
 
 BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
 CrossbarBudget = Annotated[int | Literal["chip"] | None, BeforeValidator(_crossbar_budget)]
+PartCount = Annotated[int | Literal["auto"] | None, BeforeValidator(_parts)]
 OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
 
 
@@ -146,6 +157,9 @@ class OptimizeConfig(BaseModel):
     )
     replicate: CrossbarBudget = Field(
         None, description="most crossbars that copies of the slowest nodes may fill, chip for all that it has"
+    )
+    partitions: PartCount = Field(
+        None, description="most parts that are programmed one after the other, auto for as few as will do"
     )
     weight_bits: BitRange = Field(SearchSettings.weight_bits, description="width of weights: a range is searched")
     reduce_range: bool = Field(
@@ -319,6 +333,7 @@ def effective_toml(config: OptimizeConfig) -> str:
         "threads": "all",
         "passes": "the default pipeline",
         "replicate": "one copy of each node",
+        "partitions": "all on the chip at once",
     }
     values = filled.model_dump(mode="json", by_alias=True)
     comments = [f"# {key}: {words}\n" for key, words in unset.items() if values[key] is None]

@@ -15,7 +15,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
@@ -32,6 +32,7 @@ from raqu_onnx.manifest_entries import (
     MatrixEntry,
     ModelFile,
     NodeEntry,
+    PartitionEntry,
     PlacementEntry,
     Ratio,
     StageEntry,
@@ -57,6 +58,7 @@ __all__ = [
     "ModelFile",
     "NodeEntry",
     "ParsedManifest",
+    "PartitionEntry",
     "PlacementEntry",
     "Ratio",
     "SchemaError",
@@ -98,6 +100,9 @@ class Manifest(Entry):
     encodings: tuple[EncodingEntry, ...] = Field(description="one for each crossbar type in use")
     nodes: tuple[NodeEntry, ...]
     stages: tuple[StageEntry, ...]
+    partitions: Annotated[tuple[PartitionEntry, ...], Field(min_length=1)] = Field(
+        description="one where all is on the chip at once"
+    )
     unmapped: tuple[UnmappedEntry, ...]
     totals: Totals
 

@@ -34,7 +34,7 @@ from raqu_onnx.manifest import (
 )
 from raqu_onnx.manifest_stages import assign_turns, stage_entries
 from raqu_onnx.manifest_view import ManifestView, flip_runs, to_ranges
-from raqu_onnx.model_cost import manifest_cost, with_costs
+from raqu_onnx.model_cost import manifest_cost, placement_parts, with_costs
 from raqu_onnx.tiling import ColumnOrder, column_order
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def build_manifest(context: ManifestContext) -> Manifest:
     nodes = tuple(
         _node(item, context.emitted[item.node.name], blocks[item.node.name], placement) for item in context.quantized
     )
-    stages = stage_entries(context.order, context.predecessors, nodes, placement.blocks)
-    cost = manifest_cost(placement.chip, nodes, stages, placement.crossbars_by_type)
+    stages = stage_entries(context.order, context.predecessors, nodes, placement)
+    cost = manifest_cost(placement.chip, nodes, stages, placement_parts(placement))
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -127,6 +127,7 @@ def build_manifest(context: ManifestContext) -> Manifest:
         encodings=_encodings(context),
         nodes=nodes,
         stages=with_costs(stages, cost),
+        partitions=cost.parts,
         unmapped=tuple(
             UnmappedEntry(name=item.name, op_type=item.op_type, reason=item.reason) for item in context.unmapped
         ),

@@ -20,6 +20,7 @@ __all__ = [
     "MatrixEntry",
     "ModelFile",
     "NodeEntry",
+    "PartitionEntry",
     "PlacementEntry",
     "Ratio",
     "Sha256",
@@ -161,7 +162,10 @@ class PlacementEntry(Entry):
     """A rectangle of one group's matrix in one physical crossbar."""
 
     type: Whole = Field(description="index into chip.crossbars")
-    crossbar: Whole = Field(description="number of the physical array among those of its type")
+    crossbar: Whole = Field(
+        description="number of the physical array among those of its type; with several partitions, "
+        "partitions.crossbars says which array a number stands for"
+    )
     polarity: Polarity | None = Field(description="with arrays in pairs: which of the pair; else null")
     group: Whole
     rows: Range = Field(description="wordlines of the crossbar")
@@ -220,6 +224,7 @@ class StageEntry(Entry):
     """When a node computes; stages are listed in a valid order."""
 
     node: str
+    partition: Whole = Field(description="index into partitions: the node computes while that one is on the chip")
     after: tuple[str, ...] = Field(description="the nearest mapped nodes that it depends on")
     turns: Whole = Field(description="turns that one MVM takes because blocks of the node share rows or columns")
     shares_with: tuple[str, ...] = Field(
@@ -230,6 +235,22 @@ class StageEntry(Entry):
         description="cycle within every interval of the pipeline, see totals.cost, at which it starts; null likewise"
     )
     energy_pj: Energy | None = Field(description="of one inference in crossbars, DACs and ADCs; null where unknown")
+
+
+class PartitionEntry(Entry):
+    """Consecutive stages that are on the chip together; partitions are programmed one after the other."""
+
+    nodes: tuple[str, ...] = Field(description="in the order of stages")
+    crossbars: tuple[Range, ...] = Field(
+        description="by crossbar type: the crossbar numbers of the partition's placements; number n stands for the "
+        "physical array n - first"
+    )
+    latency_cycles: Whole | None = Field(description="one inference alone, from the first to the last of these stages")
+    interval_cycles: Whole | None = Field(description="from one inference to the next through these stages")
+    write_cells: Whole = Field(description="cells that are programmed")
+    write_rows: Whole = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: Energy | None = Field(description="time for it, null where the chip gives no figure")
+    write_energy_pj: Energy | None = Field(description="energy for it, null likewise")
 
 
 class UnmappedEntry(Entry):
@@ -251,12 +272,16 @@ class CrossbarTotal(Entry):
     """Crossbars of one type."""
 
     name: str
-    allocated: Whole = Field(description="physical arrays in use, numbered from 0")
+    allocated: Whole = Field(description="physical arrays in use, numbered from 0; summed over partitions")
     count: Positive | None = Field(description="physical arrays on the chip; null: as many as needed")
 
 
 class CostEntry(Entry):
-    """What the crossbars with their DACs and ADCs cost; digital units, buffers and wires between them do not count."""
+    """What the crossbars with their DACs and ADCs cost; digital units, buffers and wires between them do not count.
+
+    With several partitions, cycles and writes are sums over them: inferences pass through one partition after the
+    other, and none of the cycles is spent on programming.
+    """
 
     cycle: Literal["array-read", "column-turn"] = Field(
         description="what a cycle is: one read of an array with one input bit-slice, or one turn of its columns at the "

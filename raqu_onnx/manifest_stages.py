@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.manifest_entries import NodeEntry
-    from raqu_onnx.placement import PlacedBlock
+    from raqu_onnx.placement import PlacedBlock, Placement
 
 __all__ = ["assign_turns", "clashes", "execution_order", "rivals_of", "stage_entries"]
 
@@ -82,7 +82,7 @@ def stage_entries(
     order: Sequence[str],
     predecessors: Mapping[str, Sequence[str]],
     nodes: Sequence[NodeEntry],
-    blocks: Sequence[PlacedBlock],
+    placement: Placement,
 ) -> tuple[StageEntry, ...]:
     """One stage per mapped node, without its costs.
 
@@ -90,14 +90,16 @@ def stage_entries(
         order: Names of the mapped nodes in a valid order of execution.
         predecessors: The nearest mapped nodes that each depends on.
         nodes: Their entries, with turns assigned.
-        blocks: Where everything lies.
+        placement: Where everything lies.
     """
-    rivals = rivals_of(blocks)
+    rivals = rivals_of(placement.blocks)
+    part = {name: index for index, partition in enumerate(placement.parts) for name in partition.nodes}
     turns = {node.name: max((p.turn + 1 for p in node.placements), default=0) for node in nodes}
     rank = {name: index for index, name in enumerate(order)}
     return tuple(
         StageEntry(
             node=name,
+            partition=part[name],
             after=tuple(predecessors.get(name, ())),
             turns=turns[name],
             shares_with=tuple(sorted(rivals.get(name, ()), key=rank.__getitem__)),

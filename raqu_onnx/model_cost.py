@@ -14,6 +14,7 @@ import numpy as np
 from raqu_onnx.cost import (
     ArrayFigures,
     Regions,
+    Writes,
     array_area_um2,
     cycle_kind,
     cycle_ns,
@@ -26,7 +27,7 @@ from raqu_onnx.cost import (
     read_cycles,
     writes,
 )
-from raqu_onnx.manifest_entries import CostEntry, NodeEntry, StageEntry
+from raqu_onnx.manifest_entries import CostEntry, NodeEntry, PartitionEntry, StageEntry
 from raqu_onnx.manifest_stages import assign_turns, rivals_of
 from raqu_onnx.schedule import Pipeline, Sequential, Stage, pipeline, sequential
 
@@ -40,11 +41,13 @@ __all__ = [
     "Flow",
     "ModelCost",
     "NodeLoad",
+    "Part",
     "block_regions",
     "entry_regions",
     "manifest_cost",
     "model_cost",
     "placement_cost",
+    "placement_parts",
     "with_costs",
 ]
 
@@ -98,16 +101,31 @@ class ModelCost:
         cycles: Cycles of one inference by node, None where unknown.
         starts: Cycle within the pipeline's interval at which each stage starts; empty where cycles are unknown.
         energy_pj: Energy of one inference by node; empty where figures are missing.
+        parts: The partitions with their costs.
     """
 
     total: CostEntry
     cycles: Mapping[str, int | None]
     starts: Mapping[str, int]
     energy_pj: Mapping[str, float]
+    parts: tuple[PartitionEntry, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes that are on the chip together.
+
+    Attributes:
+        nodes: Their names.
+        crossbars: Half-open range of their crossbar numbers, by type.
+    """
+
+    nodes: tuple[str, ...]
+    crossbars: tuple[tuple[int, int], ...]
 
 
 def model_cost(
-    chip: Chip, loads: Sequence[NodeLoad], flow: Flow, rivals: Mapping[str, Iterable[str]], allocated: Sequence[int]
+    chip: Chip, loads: Sequence[NodeLoad], flow: Flow, rivals: Mapping[str, Iterable[str]], parts: Sequence[Part]
 ) -> ModelCost:
     """Cost of all nodes together.
 
@@ -116,44 +134,85 @@ def model_cost(
         loads: The mapped nodes.
         flow: Their order and dependencies.
         rivals: Nodes with blocks in the same rows or columns, by node.
-        allocated: Crossbars in use by type.
+        parts: Partitions of consecutive nodes, one where all are on the chip at once.
     """
     arrays = [figures_of(chip, kind) for kind in chip.crossbars]
     cycles = {load.name: load.cycles(chip, arrays) for load in loads}
     unknown = tuple(_open(load) for load in loads if cycles[load.name] is None)
-    alone, piped = (None, None) if unknown else _schedules(cycles, flow, _with_contenders(loads, rivals, arrays))
+    schedules: list[tuple[Sequential, Pipeline]] = []
+    if not unknown:
+        against = _with_contenders(loads, rivals, arrays)
+        schedules = [_schedules(cycles, _within(flow, part.nodes), against) for part in parts]
     lacking = (*unknown, *missing_energy(chip))
     energy = {} if lacking else {load.name: _energy(load, chip, arrays) for load in loads}
-    used = [index for index, count in enumerate(allocated) if count]
-    no_area = missing_area(chip, used)
-    area = (
-        sum(allocated[index] * array_area_um2(chip, chip.crossbars[index]) for index in used) if not no_area else None
+    written = [writes(_joined([load for load in loads if load.name in set(part.nodes)]), chip) for part in parts]
+    total = _total(chip, parts, schedules, written, None if lacking else float(sum(energy.values())), unknown)
+    starts = {name: start for _, piped in schedules for name, start in piped.starts.items()}
+    entries = tuple(
+        PartitionEntry(
+            nodes=part.nodes,
+            crossbars=part.crossbars,
+            latency_cycles=schedules[index][0].cycles if schedules else None,
+            interval_cycles=schedules[index][1].interval if schedules else None,
+            write_cells=wrote.cells,
+            write_rows=wrote.rows,
+            write_ns=wrote.time_ns,
+            write_energy_pj=wrote.energy_pj,
+        )
+        for index, (part, wrote) in enumerate(zip(parts, written, strict=True))
     )
-    written = writes(_joined(loads), chip)
+    return ModelCost(total, cycles, starts, energy, entries)
+
+
+def _within(flow: Flow, names: Sequence[str]) -> Flow:
+    """The part of a flow between some of its nodes: what comes from others is there before they start."""
+    chosen = set(names)
+    after = {name: tuple(item for item in flow.after.get(name, ()) if item in chosen) for name in names}
+    return Flow(tuple(name for name in flow.order if name in chosen), after)
+
+
+def _total(
+    chip: Chip,
+    parts: Sequence[Part],
+    schedules: Sequence[tuple[Sequential, Pipeline]],
+    written: Sequence[Writes],
+    energy: float | None,
+    unknown: tuple[str, ...],
+) -> CostEntry:
+    """Sums over the partitions; the area is that of the arrays of the largest one, by type."""
+    counts = [max(last - first for first, last in ranges) for ranges in zip(*(p.crossbars for p in parts), strict=True)]
+    used = [index for index, count in enumerate(counts) if count]
+    no_area = missing_area(chip, used)
+    areas = [] if no_area else [counts[index] * array_area_um2(chip, chip.crossbars[index]) for index in used]
+    times, energies = [item.time_ns for item in written], [item.energy_pj for item in written]
     missing: dict[_Figure, tuple[str, ...]] = {
         "cycles": unknown,
         "time": () if cycle_ns(chip) is not None else ("cycle_ns",),
-        "energy": lacking,
+        "energy": (*unknown, *missing_energy(chip)),
         "area": no_area,
-        "write_time": () if written.time_ns is not None else ("components.cell_write_ns",),
-        "write_energy": () if written.energy_pj is not None else ("components.cell_write_energy_pj",),
+        "write_time": ("components.cell_write_ns",) if None in times else (),
+        "write_energy": ("components.cell_write_energy_pj",) if None in energies else (),
     }
-    total = CostEntry(
+    return CostEntry(
         cycle=cycle_kind(chip),
         cycle_ns=cycle_ns(chip),
-        latency_cycles=None if alone is None else alone.cycles,
-        critical_path=() if alone is None else alone.critical_path,
-        interval_cycles=None if piped is None else piped.interval,
-        pipeline_latency_cycles=None if piped is None else piped.latency,
-        energy_pj=None if lacking else float(sum(energy.values())),
-        area_um2=None if area is None else float(area),
-        write_cells=written.cells,
-        write_rows=written.rows,
-        write_ns=written.time_ns,
-        write_energy_pj=written.energy_pj,
+        latency_cycles=None if unknown else sum(alone.cycles for alone, _ in schedules),
+        critical_path=tuple(name for alone, _ in schedules for name in alone.critical_path),
+        interval_cycles=None if unknown else sum(piped.interval for _, piped in schedules),
+        pipeline_latency_cycles=None if unknown else sum(piped.latency for _, piped in schedules),
+        energy_pj=energy,
+        area_um2=None if no_area else float(sum(areas)),
+        write_cells=sum(item.cells for item in written),
+        write_rows=sum(item.rows for item in written),
+        write_ns=_sum(times),
+        write_energy_pj=_sum(energies),
         missing={key: keys for key, keys in missing.items() if keys},
     )
-    return ModelCost(total, cycles, {} if piped is None else piped.starts, energy)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 def _open(load: NodeLoad) -> str:
@@ -239,7 +298,19 @@ def placement_cost(
     loads = [
         NodeLoad(name, mvms[name], activation_bits[name], block_regions(own, per_type)) for name, own in blocks.items()
     ]
-    return model_cost(placement.chip, loads, flow, rivals_of(placement.blocks), placement.crossbars_by_type)
+    return model_cost(placement.chip, loads, flow, rivals_of(placement.blocks), placement_parts(placement))
+
+
+def placement_parts(placement: Placement) -> tuple[Part, ...]:
+    """Partitions of a placement, in crossbars."""
+    sizes = [shape.encoding.arrays_per_placement for shape in placement.geometries]
+    return tuple(
+        Part(
+            part.nodes,
+            tuple((f * size, (f + n) * size) for f, n, size in zip(part.first, part.slots, sizes, strict=True)),
+        )
+        for part in placement.parts
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- manifests
@@ -256,7 +327,7 @@ def entry_regions(node: NodeEntry) -> Regions:
 
 
 def manifest_cost(
-    chip: Chip, nodes: Sequence[NodeEntry], stages: Sequence[StageEntry], allocated: Sequence[int]
+    chip: Chip, nodes: Sequence[NodeEntry], stages: Sequence[StageEntry], parts: Sequence[Part]
 ) -> ModelCost:
     """Cost of what a manifest's entries describe.
 
@@ -264,14 +335,14 @@ def manifest_cost(
         chip: The chip.
         nodes: The mapped nodes.
         stages: One for each, in a valid order of execution.
-        allocated: Crossbars in use by type.
+        parts: The partitions.
     """
     loads = [
         NodeLoad(node.name, node.mvms, None if node.activation is None else node.activation.bits, entry_regions(node))
         for node in nodes
     ]
     flow = Flow(tuple(stage.node for stage in stages), {stage.node: stage.after for stage in stages})
-    return model_cost(chip, loads, flow, {stage.node: stage.shares_with for stage in stages}, allocated)
+    return model_cost(chip, loads, flow, {stage.node: stage.shares_with for stage in stages}, parts)
 
 
 def with_costs(stages: Sequence[StageEntry], cost: ModelCost) -> tuple[StageEntry, ...]:

@@ -18,6 +18,7 @@ from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.memory import release_freed
+from raqu_onnx.partitioning import require_parts, without_counts
 from raqu_onnx.passes import PASSES
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
@@ -121,7 +122,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         ),
         # Bits of every node, judged on data that calibration has not seen.
         SearchBitsPass(
-            chip,
+            chip if config.partitions is None else without_counts(chip),
             resources.selection,
             config.goal,
             config.search_settings,
@@ -147,7 +148,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # The integers written into the graph.
         InsertQDQPass(),
         # A place for every block of weights.
-        PlaceCrossbarsPass(chip, config.replicate),
+        PlaceCrossbarsPass(chip, config.replicate, config.partitions),
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,
@@ -204,6 +205,7 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     _require_parts(config)
     _require_effect(config)
     require_budget(config.replicate, resources.chip)
+    require_parts(config.partitions, config.replicate)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
         defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DoesNotFitError",
+    "Partition",
     "PlacedBlock",
     "Placement",
     "count_crossbars",
@@ -63,6 +64,21 @@ class PlacedBlock:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """Nodes that are on the chip together, where they are programmed part after part.
+
+    Attributes:
+        nodes: Their names.
+        first: Number of the part's first slot, by crossbar type; the chip's first slot of that type holds it.
+        slots: Slots that the part opens, by crossbar type.
+    """
+
+    nodes: tuple[str, ...]
+    first: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Placement:
     """A whole model on a chip.
 
@@ -71,7 +87,8 @@ class Placement:
         sharing: The sharing mode that it was made for.
         matrices: Weights by node name.
         blocks: Every block, in the order of nodes.
-        slots: Slots opened per crossbar type.
+        slots: Slots opened per crossbar type, over all partitions.
+        partitions: Parts that are programmed one after the other; empty where all is on the chip at once.
     """
 
     chip: Chip
@@ -79,6 +96,12 @@ class Placement:
     matrices: Mapping[str, Matrix]
     blocks: tuple[PlacedBlock, ...]
     slots: tuple[int, ...]
+    partitions: tuple[Partition, ...] = ()
+
+    @cached_property
+    def parts(self) -> tuple[Partition, ...]:
+        """The partitions; all as one where there are none."""
+        return self.partitions or (Partition(tuple(self.matrices), (0,) * len(self.slots), self.slots),)
 
     @cached_property
     def geometries(self) -> tuple[ArrayGeometry, ...]:
@@ -100,7 +123,7 @@ class Placement:
 
     @cached_property
     def crossbars_by_type(self) -> tuple[int, ...]:
-        """Physical crossbars allocated per type."""
+        """Physical crossbars allocated per type, over all partitions."""
         return tuple(n * g.encoding.arrays_per_placement for n, g in zip(self.slots, self.geometries, strict=True))
 
     @property
@@ -150,7 +173,8 @@ class Placement:
         Where the placement uses more than the chip has, the bound leaves the chip's counts out too.
         """
         counts = [kind.count for kind in self.chip.crossbars]
-        if any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True)):
+        over = any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True))
+        if over or len(self.partitions) > 1:
             counts = [None] * len(counts)
         copies = [matrix for name, matrix in self.matrices.items() for _ in range(self.replicas[name])]
         return lower_bound(copies, self.geometries, counts)

@@ -13,6 +13,7 @@ from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
 from raqu_onnx.model_io import load_model
 from raqu_onnx.output import check_output
+from raqu_onnx.partitioning import without_counts
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.pipeline import Resources, build_pipeline
@@ -54,7 +55,7 @@ def plan(
         tidied = TidyPass(exclude=config.exclude)(loaded).model
         AnnotateTilingPass(config.exclude, config.keep, config.input_bits)(tidied)
     kept = _kept(tidied)
-    _require_room(tidied, chip, config, kept)
+    _require_room(tidied, chip if config.partitions is None else without_counts(chip), config, kept)
     nodes = mapped_nodes(tidied)
     return {
         "mapped_nodes": len(nodes),

@@ -19,6 +19,7 @@ __all__ = [
     "FrontReport",
     "GoalReport",
     "KeptReport",
+    "PartitionReport",
     "Report",
     "ScoreReport",
     "UnmappedReport",
@@ -122,6 +123,19 @@ class KeptReport(_Part):
     pattern: str = Field(description="the pattern of `keep` that asked for it")
 
 
+class PartitionReport(_Part):
+    """Nodes that are on the chip together."""
+
+    nodes: list[str] = Field(description="in the order of execution")
+    crossbars: list[tuple[int, int]] = Field(description="half-open range of the manifest's crossbar numbers, by type")
+    latency_cycles: int | None = Field(description="one inference alone, through these nodes")
+    interval_cycles: int | None = Field(description="from one inference to the next, through these nodes")
+    write_cells: int = Field(description="cells that are programmed")
+    write_rows: int = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: float | None = Field(description="time for it, null where the chip gives no figure")
+    write_energy_pj: float | None = Field(description="energy for it, null likewise")
+
+
 class Report(_Part):
     """What a run of `raqu-onnx optimize` gave."""
 
@@ -146,6 +160,9 @@ class Report(_Part):
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
     replicas: dict[str, int] = Field(description="copies on the chip by mapped node")
+    partitions: list[PartitionReport] = Field(
+        description="parts that are programmed one after the other, one where all is on the chip at once"
+    )
     cycles: dict[str, int | None] = Field(
         description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raqu_onnx.evaluation import Score
-    from raqu_onnx.manifest_entries import CostEntry
+    from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
@@ -86,6 +86,7 @@ class OptimizeResult:
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
         replicas: Copies on the chip by node.
+        partitions: Parts that are programmed one after the other, one where all is on the chip at once.
         cycles: Cycles of one inference by node, None where its MVMs or input bits are unknown.
         kept: Nodes that kept 8 bits and the pattern that asked for it.
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
@@ -104,6 +105,7 @@ class OptimizeResult:
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
     replicas: Mapping[str, int] = field(default_factory=dict)
+    partitions: tuple[PartitionEntry, ...] = ()
     cycles: Mapping[str, int | None] = field(default_factory=dict)
     kept: tuple[tuple[str, str], ...] = ()
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
@@ -141,6 +143,7 @@ class OptimizeResult:
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
             "replicas": dict(self.replicas),
+            "partitions": [item.model_dump() for item in self.partitions],
             "cycles": dict(self.cycles),
             "front": [] if search is None else [_front_json(item) for item in search.front],
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],

@@ -143,7 +143,8 @@ class FolderChecks:
         counted = run("totals.crossbars", totals.crossbar_findings(table), _crossbars(manifest))
         if counted:
             run("totals.figures", totals.totals_findings(table, view), _utilization(manifest))
-        if counted and staged:
+        parts = f"{len(manifest.partitions)} partition{'s' if len(manifest.partitions) > 1 else ''}"
+        if counted and staged and run("stages.partitions", totals.partition_findings(table), parts):
             run("totals.cost", totals.cost_findings(manifest), f"{manifest.totals.cost.latency_cycles or '?'} cycles")
         return good
 

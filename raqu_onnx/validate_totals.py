@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from raqu_onnx.errors import ChipError
 from raqu_onnx.manifest_stages import clashes
-from raqu_onnx.model_cost import manifest_cost, with_costs
+from raqu_onnx.model_cost import Part, manifest_cost, with_costs
 from raqu_onnx.placement import geometries, lower_bound
 from raqu_onnx.tiling import Matrix
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest_view import ManifestView
     from raqu_onnx.validate_mapping import PlacementTable
 
-__all__ = ["cost_findings", "crossbar_findings", "stage_findings", "totals_findings"]
+__all__ = ["cost_findings", "crossbar_findings", "partition_findings", "stage_findings", "totals_findings"]
 
 
 def crossbar_findings(table: PlacementTable) -> Iterator[str]:
@@ -40,7 +40,7 @@ def crossbar_findings(table: PlacementTable) -> Iterator[str]:
             yield f"{where}: allocated is {total.allocated}, placements use {used.size}"
         if total.count != kind.count:
             yield f"{where}: count is {total.count}, the chip has {kind.count}"
-        if kind.count is not None and used.size > kind.count:
+        if kind.count is not None and used.size > kind.count * len(manifest.partitions):
             yield f"{where}: {used.size} crossbars are in use, the chip has {kind.count}"
 
 
@@ -96,7 +96,8 @@ def _lower_bound(view: ManifestView) -> int | None:
         together = [Matrix(len(rows), rows[0], own.bits)]
         matrices.extend((together if len(set(rows)) == 1 else alone) * _copies(node))
     try:
-        return lower_bound(matrices, geometries(chip), [kind.count for kind in chip.crossbars])
+        several = len(view.manifest.partitions) > 1
+        return lower_bound(matrices, geometries(chip), [None if several else kind.count for kind in chip.crossbars])
     except ChipError:
         return None
 
@@ -128,14 +129,14 @@ def stage_findings(manifest: Manifest, table: PlacementTable) -> Iterator[str]:
 def cost_findings(manifest: Manifest) -> Iterator[str]:
     """Cycles, schedule, energy, area and writes follow from placements, stages and the chip.
 
-    Needs `stage_findings` and `crossbar_findings` to pass; without a valid order there is nothing to compare with.
+    Needs `stage_findings` and `partition_findings` to pass; without a valid order there is nothing to compare with.
     """
     rank = {stage.node: index for index, stage in enumerate(manifest.stages)}
     if any(rank.get(name, len(rank)) >= rank[stage.node] for stage in manifest.stages for name in stage.after):
         return
-    allocated = [total.allocated for total in manifest.totals.crossbars]
+    parts = [Part(item.nodes, item.crossbars) for item in manifest.partitions]
     try:
-        cost = manifest_cost(manifest.chip, manifest.nodes, manifest.stages, allocated)
+        cost = manifest_cost(manifest.chip, manifest.nodes, manifest.stages, parts)
     except ValidationError:
         yield "totals.cost: MVMs and placements give figures that are too large for a manifest"
         return
@@ -143,10 +144,45 @@ def cost_findings(manifest: Manifest) -> Iterator[str]:
         for key in ("cycles", "start", "energy_pj"):
             if not _alike(getattr(stage, key), getattr(expected, key)):
                 yield f"stages: {stage.node}: {key} is {getattr(stage, key)}, not {getattr(expected, key)}"
+    for index, (part, wanted) in enumerate(zip(manifest.partitions, cost.parts, strict=True)):
+        for key in type(part).model_fields:
+            if not _alike(getattr(part, key), getattr(wanted, key)):
+                yield f"partitions: {index}: {key} is {getattr(part, key)}, not {getattr(wanted, key)}"
     found = manifest.totals.cost
     for key in type(found).model_fields:
         if not _alike(getattr(found, key), getattr(cost.total, key)):
             yield f"totals.cost.{key}: is {getattr(found, key)}, placements and chip give {getattr(cost.total, key)}"
+
+
+def partition_findings(table: PlacementTable) -> Iterator[str]:
+    """Partitions hold consecutive stages, each on no more crossbars than the chip has, numbered one after the other.
+
+    Needs `stage_findings` to pass.
+    """
+    manifest = table.manifest
+    kinds, parts = manifest.chip.crossbars, manifest.partitions
+    ends = [0] * len(kinds)
+    for index, part in enumerate(parts):
+        if len(part.crossbars) != len(kinds):
+            yield f"partitions: {index}: has {len(part.crossbars)} ranges of crossbars, the chip {len(kinds)} types"
+            return
+        for kind, (first, last), end in zip(kinds, part.crossbars, ends, strict=True):
+            if first != end or last < first:
+                yield f"partitions: {index}: {kind.name} [{first}, {last}] does not follow {end}"
+            if kind.count is not None and last - first > kind.count:
+                yield f"partitions: {index}: {last - first} crossbars of {kind.name}, the chip has {kind.count}"
+        ends = [last for _, last in part.crossbars]
+    if ends != [total.allocated for total in manifest.totals.crossbars]:
+        yield f"partitions: take {ends} crossbars, not those of totals.crossbars"
+    listed = [(stage.node, stage.partition) for stage in manifest.stages]
+    if listed != [(name, index) for index, part in enumerate(parts) for name in part.nodes]:
+        yield "partitions: their nodes are not the stages in their order"
+        return
+    home = dict(listed)
+    for index, (node, p) in enumerate(table.entries):
+        first, last = parts[home[node.name]].crossbars[p.type]
+        if not first <= p.crossbar < last:
+            yield f"{table.where(index)}: it lies outside of the crossbars of its partition, [{first}, {last}]"
 
 
 def _alike(found: object, expected: object) -> bool:

@@ -9,9 +9,9 @@ from raqu_onnx.cli.printing import console, counted, print_table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from raqu_onnx.manifest_entries import CostEntry
+    from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
 
-__all__ = ["number", "print_costs"]
+__all__ = ["number", "print_costs", "print_partitions"]
 
 _CYCLES = {
     "array-read": "a cycle: one read of an array with one input bit-slice",
@@ -42,6 +42,31 @@ def print_costs(rows: Sequence[tuple[str, CostEntry]]) -> None:
     print_table(out, headers, [_cells(*row) for row in rows], right=range(1, len(headers)), bold="ours")
     for line in _legend(last):
         out.print(line)
+
+
+def print_partitions(parts: Sequence[PartitionEntry]) -> None:
+    """Print what is on the chip after what, where not all is at once."""
+    if len(parts) < 2:
+        return
+    out = console()
+    headers = ("partition from", "nodes", "crossbars", "latency", "interval", "cells written", "us")
+    rows = [
+        [
+            f"{index} {part.nodes[0]}",
+            str(len(part.nodes)),
+            str(sum(last - first for first, last in part.crossbars)),
+            number(part.latency_cycles, "d"),
+            number(part.interval_cycles, "d"),
+            number(part.write_cells, "d"),
+            number(None if part.write_ns is None else part.write_ns / 1e3, ".4g"),
+        ]
+        for index, part in enumerate(parts)
+    ]
+    print_table(out, headers, rows, right=range(3, len(headers)))
+    out.print(
+        "the chip is programmed for one partition after the other, which no cycle above contains; us: time for it"
+    )
+    out.print("inferences between two partitions wait, so that a batch shares the cost of programming")
 
 
 def _cells(label: str, cost: CostEntry) -> list[str]:

@@ -95,6 +95,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "executable": manifest.executable,
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
         "totals": manifest.totals.model_dump(mode="json"),
+        "partitions": [part.model_dump(mode="json") for part in manifest.partitions],
         "nodes": [_node(node, manifest) for node in manifest.nodes],
         "unmapped": [item.model_dump() for item in manifest.unmapped],
     }
@@ -121,7 +122,7 @@ def _node(node: NodeEntry, manifest: Manifest) -> dict[str, Any]:
 
 
 def _print(manifest: Manifest) -> None:
-    from raqu_onnx.cli.costs import number, print_costs
+    from raqu_onnx.cli.costs import number, print_costs, print_partitions
     from raqu_onnx.cli.printing import console, counted, print_table
     from raqu_onnx.cli.tables import MATRIX_LEGEND, SHARING_LEGEND
 
@@ -173,6 +174,7 @@ def _print(manifest: Manifest) -> None:
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
     out.print(f"{MATRIX_LEGEND}; W, A: bits of weights and of the input")
     print_costs([("one inference", totals.cost)])
+    print_partitions(manifest.partitions)
     for item in manifest.unmapped:
         out.print(f"not on crossbars: {item.name} ({item.op_type}): {item.reason}")
 

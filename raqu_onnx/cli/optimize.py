@@ -103,6 +103,12 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "that a pipeline takes the next inference sooner (default: one copy of each node)",
     )
     group.add_argument(
+        "--partitions",
+        metavar="N|auto",
+        help="where the chip is too small, program it up to N times (auto: as few as will do) for one part of the "
+        "model after the other",
+    )
+    group.add_argument(
         "--task",
         choices=["auto", "classification", "regression"],
         help="what is judged: classification takes the first float output of shape (samples, classes) as class scores, "
@@ -194,9 +200,9 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "replicate", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
-    "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples",
-    "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
+    "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
+    "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
+    "sensitivity_samples", "batch_size", "seed", "threads", "passes", "skip", "dump_after", "cells",
 )  # fmt: skip
 
 

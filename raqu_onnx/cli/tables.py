@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raqu_onnx.cli.costs import number, print_costs
+from raqu_onnx.cli.costs import number, print_costs, print_partitions
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.results import describe_goal
 from raqu_onnx.shortage import shortage
@@ -81,6 +81,7 @@ def _print_figures(result: OptimizeResult) -> None:
     for line in _legend(result, metric, judged=judged):
         out.print(line)
     print_costs([(item.label, item.cost) for item in result.figures if item.cost is not None])
+    print_partitions(result.partitions)
     for line in ("", *_goal_lines(result), *_summary(result, metric)):
         out.print(line)
 

@@ -159,7 +159,7 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
     if not fits:
         raise DoesNotFitError(
             f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars"
-            f"{short and ', '}{short}; use a larger chip{also}"
+            f"{short and ', '}{short}; use a larger chip{also}, or program it several times with --partitions auto"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(
