@@ -27,7 +27,7 @@ from raqu_onnx.cost import (
     read_cycles,
     writes,
 )
-from raqu_onnx.hardware import Chip, load_chip
+from raqu_onnx.hardware import Chip, CrossbarType, load_chip
 from raqu_onnx.model_cost import Flow, ModelCost, placement_cost
 from raqu_onnx.placement import place
 from raqu_onnx.tiling import Matrix
@@ -228,6 +228,35 @@ def test_a_node_that_is_stored_nowhere_costs_nothing() -> None:
     assert (nothing.copies, read_cycles(nothing, arrays), node_cycles(100, 0, 8, 0)) == (0, 0, 0)
     assert node_energy_pj(100, 8, nothing, chip, arrays) == 0.0
     assert writes(nothing, chip).rows == 0
+
+
+def diagonal(rows_active: int | None) -> ModelCost:
+    """Two independent nodes, corner to corner in one crossbar of 32 x 32 cells."""
+    main = CrossbarType(name="main", rows=32, cols=32, cell_bits=2, rows_active=rows_active)
+    chip = Chip(schema_version=1, name="t", encoding="offset", sharing="diagonal", dac_bits=1, crossbars=(main,))
+    work = {name: Matrix(1, 16, np.full((1, 4), 8)) for name in ("a", "b")}
+    placed = place(work, chip)
+    assert placed.crossbars == 1
+    return placement_cost(placed, dict.fromkeys(work, 10), dict.fromkeys(work, 8), Flow(("a", "b"), {}))
+
+
+def test_nodes_wait_for_a_crossbar_that_cannot_drive_all_of_them() -> None:
+    free, limited = diagonal(None).total, diagonal(16).total
+    assert (free.latency_cycles, free.interval_cycles, free.critical_path) == (80, 80, ("a",))
+    assert (limited.latency_cycles, limited.interval_cycles, limited.critical_path) == (160, 160, ("a", "b"))
+
+
+def test_time_sharing_costs_cycles() -> None:
+    # b lies beside a in the same rows, so that they take turns; each has a read of 1 cycle, 10 MVMs and 8 slices.
+    main = CrossbarType(name="main", rows=16, cols=32, cell_bits=2)
+    work = {name: Matrix(1, 16, np.full((1, 4), 8)) for name in ("a", "b")}
+    chip = Chip(schema_version=1, name="t", encoding="offset", sharing="time", dac_bits=1, crossbars=(main,))
+    mvms: dict[str, int | None] = dict.fromkeys(work, 10)
+    inputs: dict[str, int | None] = dict.fromkeys(work, 8)
+    shared = placement_cost(place(work, chip), mvms, inputs, Flow(("a", "b"), {})).total
+    apart = placement_cost(place(work, chip, sharing="exclusive"), mvms, inputs, Flow(("a", "b"), {})).total
+    assert (shared.latency_cycles, shared.interval_cycles) == (160, 160)
+    assert (apart.latency_cycles, apart.interval_cycles) == (80, 80)
 
 
 # ------------------------------------------------------------------------------------------------ for any figures

@@ -106,6 +106,15 @@ def test_copies_lie_in_crossbars_of_their_own() -> None:
     assert all(replica == 0 for who in shared for _, replica in who)
 
 
+def test_nodes_that_would_wait_in_one_crossbar_lie_apart() -> None:
+    main = CrossbarType(name="main", rows=32, cols=32, cell_bits=2, count=12, rows_active=8)
+    limited = chip("time", crossbars=(main,))
+    found = replicate(MATRICES, limited, MVMS, INPUTS, "chip")
+    assert found.sharing == "exclusive"
+    # 40 rows are blocks of 32 and 8 wordlines: 4 turns for the larger one; 8 rows are 1 turn.
+    assert found.replicas == {"wide": 5, "small": 1}
+
+
 def test_several_types_keep_their_counts() -> None:
     types = tuple(CrossbarType(name=f"t{n}", rows=n, cols=n, cell_bits=2, count=n // 4) for n in (16, 32))
     found = replicate(MATRICES, chip(crossbars=types, count=None), MVMS, INPUTS, "chip")
