@@ -7,6 +7,9 @@ How a backend runs a node from it: each vector of K input codes is cut into the 
 its `rows`; each bitline of `cols` gives a sum; the table in `encodings` says which slice of which kernel it is; slices
 are shifted, signed and added, the offset times the sum of the inputs is subtracted, and the results of all placements
 that hold a piece of the same kernel are added.
+
+Each replica of a node holds the whole node, so that any one of them gives the result of an MVM. With several partitions
+the chip is programmed for one after the other; crossbar numbers then go on from partition to partition.
 """
 
 from __future__ import annotations

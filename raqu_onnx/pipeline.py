@@ -204,7 +204,7 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     """
     _require_parts(config)
     _require_effect(config)
-    require_budget(config.replicate, resources.chip)
+    require_budget(config.replicate, resources.chip, float_inputs=config.activation_bits is None)
     require_parts(config.partitions, config.replicate)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:

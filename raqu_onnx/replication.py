@@ -91,12 +91,14 @@ def balance(jobs: Sequence[Job], free: Sequence[int | None], total: int | None, 
     return [job.copies_within(slowest_cycles) for job in jobs]
 
 
-def require_budget(budget: Budget | None, chip: Chip) -> None:
-    """Make sure that it is known how many crossbars copies may use.
+def require_budget(budget: Budget | None, chip: Chip, *, float_inputs: bool = False) -> None:
+    """Make sure that it is known how many crossbars copies may use, and that crossbars can run the model.
 
     Raises:
-        ConfigError: The chip has no count and none is given.
+        ConfigError: The chip has no count and none is given, or activations stay float.
     """
+    if budget is not None and float_inputs:
+        raise ConfigError("--replicate: with float activations no crossbar runs the model; give --activation-bits 8")
     if budget == "chip" and any(kind.count is None for kind in chip.crossbars):
         raise ConfigError(
             f"--replicate: chip {chip.name} has as many crossbars as needed; give a number, as in --replicate 200"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raqu_onnx.cli.costs import print_costs
 from raqu_onnx.cost import (
     ArrayFigures,
     Regions,
@@ -322,3 +323,21 @@ def test_what_a_cycle_is() -> None:
     assert (cycle_kind(load_chip("isaac")), cycle_ns(load_chip("isaac"))) == ("array-read", 100.0)
     assert (cycle_kind(load_chip("mnsim")), cycle_ns(load_chip("mnsim"))) == ("column-turn", 14.16)
     assert (cycle_kind(load_chip("prime")), cycle_ns(load_chip("prime"))) == ("array-read", None)
+
+
+def test_a_figure_that_one_row_lacks_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = cost(load_chip("isaac")).total
+    part = whole.model_copy(update={"area_um2": None, "latency_cycles": None})
+    print_costs([("some", part), ("ours", whole)])
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["some"][1] == lines["some"][2] == lines["some"][6] == "-"
+    assert lines["ours"][1:5] == ["12804", "1280", "8192", "819.2"]
+
+
+def test_no_column_without_a_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    print_costs([("ours", cost(load_chip("generic")).total)])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split() == ["latency", "interval"]
+    assert "no energy: the chip does not give components.crossbar_read_energy_pj, " in printed
+    print_costs([])
+    assert capsys.readouterr().out == ""

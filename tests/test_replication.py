@@ -239,3 +239,4 @@ def test_a_wrong_number_is_refused(refused: Callable[..., str], workspace: Path,
 def test_a_chip_without_a_count_needs_a_number(refused: Callable[..., str], workspace: Path) -> None:
     refused(workspace, (*RUN, "--replicate", "chip"), "--replicate", "generic", "--replicate 200")
     refused(workspace, (*RUN, "--replicate", "chip", "--dry-run"), "--replicate", "generic")
+    refused(workspace, (*RUN, "--replicate", "9", "--activation-bits", "float"), "--replicate: with float activations")

@@ -34,12 +34,20 @@ def print_costs(rows: Sequence[tuple[str, CostEntry]]) -> None:
     if not rows:
         return
     out, last = console(), rows[-1][1]
-    headers = ["", "latency", "interval"]
-    headers += [] if last.cycle_ns is None else ["latency us", "interval us"]
-    headers += [] if last.energy_pj is None else ["energy uJ"]
-    headers += [] if last.area_um2 is None else ["area mm2"]
-    headers += ["cells written"]
-    print_table(out, headers, [_cells(*row) for row in rows], right=range(1, len(headers)), bold="ours")
+    columns = (
+        ("latency", [number(cost.latency_cycles, "d") for _, cost in rows]),
+        ("us", [_scaled(_ns(cost, cost.latency_cycles), 1e3) for _, cost in rows]),
+        ("interval", [number(cost.interval_cycles, "d") for _, cost in rows]),
+        ("us", [_scaled(_ns(cost, cost.interval_cycles), 1e3) for _, cost in rows]),
+        ("uJ", [_scaled(cost.energy_pj, 1e6) for _, cost in rows]),
+        ("mm2", [_scaled(cost.area_um2, 1e6) for _, cost in rows]),
+    )
+    # What no placement has gets no column.
+    shown = [(header, cells) for header, cells in columns if set(cells) != {"-"}]
+    if shown:
+        table = list(zip([label for label, _ in rows], *(cells for _, cells in shown), strict=True))
+        headers = ("", *(header for header, _ in shown))
+        print_table(out, headers, table, right=range(1, len(headers)), bold="ours")
     for line in _legend(last):
         out.print(line)
 
@@ -69,29 +77,35 @@ def print_partitions(parts: Sequence[PartitionEntry]) -> None:
     out.print("inferences between two partitions wait, so that a batch shares the cost of programming")
 
 
-def _cells(label: str, cost: CostEntry) -> list[str]:
-    cycles = [cost.latency_cycles, cost.interval_cycles]
-    cells = [label, *(number(value, "d") for value in cycles)]
-    if cost.cycle_ns is not None:
-        cells += [number(None if value is None else value * cost.cycle_ns / 1e3, ".4g") for value in cycles]
-    for figure, unit in ((cost.energy_pj, 1e6), (cost.area_um2, 1e6)):
-        cells += [] if figure is None else [format(figure / unit, ".4g")]
-    return [*cells, number(cost.write_cells, "d")]
+def _ns(cost: CostEntry, cycles: int | None) -> float | None:
+    return None if cycles is None or cost.cycle_ns is None else cycles * cost.cycle_ns
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return number(None if value is None else value / unit, ".4g")
 
 
 def _legend(cost: CostEntry) -> Iterator[str]:
     yield "latency: cycles of one inference alone; interval: cycles from one to the next in a pipeline of layers"
     yield f"{_CYCLES[cost.cycle]}; only arrays, DACs and ADCs count"
+    if cost.energy_pj is not None or cost.area_um2 is not None:
+        yield "uJ: energy of one inference; mm2: area of the crossbars in use"
     if cost.critical_path:
         yield f"critical path: {counted(len(cost.critical_path), 'node')}, {_ends(cost.critical_path)}"
     if "cycles" in cost.missing:
-        yield f"no cycles: {', '.join(cost.missing['cycles'])}"
+        reasons = cost.missing["cycles"]
+        more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        yield f"no cycles: {reasons[0]}{more}"
     for key, name in _FIGURES.items():
         keys = [item for item in cost.missing.get(key, ()) if not item.startswith("node ")]  # type: ignore[call-overload]
         if keys:
             yield f"no {name}: the chip does not give {', '.join(keys)}"
-    if cost.write_ns is not None:
-        yield f"programming: {cost.write_ns / 1e3:.4g} us, wordline by wordline in all crossbars at once"
+    time = (
+        ""
+        if cost.write_ns is None
+        else f" in {_scaled(cost.write_ns, 1e3)} us, wordline by wordline, all crossbars at once"
+    )
+    yield f"programming: {counted(cost.write_cells, 'cell')}{time}"
 
 
 def _ends(path: Sequence[str]) -> str:
