@@ -216,20 +216,22 @@ def node_cycles(mvms: int, copies: int, slices: int, cycles_per_read: int) -> in
 def missing_energy(chip: Chip) -> tuple[str, ...]:
     """Keys of the figures that an energy needs and the chip does not give; empty when all are there."""
     parts = chip.components
-    missing = [] if parts.crossbar_read_energy_pj is not None else ["components.crossbar_read_energy_pj"]
+    missing = _missing_of_arrays(chip, "crossbar_read_energy_pj")
     if _adc_energy_pj(chip) is None:
         missing.append("components.adc_energy_pj")
     if parts.dac_power_mw is None:
         missing.append("components.dac_power_mw")
     if cycle_ns(chip) is None:
         missing.append("cycle_ns")
-    return (*missing, *_several_sizes(chip, "components.crossbar_read_energy_pj"))
+    return tuple(missing)
 
 
-def _several_sizes(chip: Chip, key: str) -> tuple[str, ...]:
-    """The figure of one array says nothing about arrays of other sizes."""
+def _missing_of_arrays(chip: Chip, key: str) -> list[str]:
+    """A figure of a whole array, where it is absent; one figure says nothing about arrays of other sizes."""
     sizes = {(kind.rows, kind.cols, kind.cell_bits) for kind in chip.crossbars}
-    return (f"{key} of each crossbar type",) if len(sizes) > 1 else ()
+    if len(sizes) > 1:
+        return [f"components.{key} of each crossbar type"]
+    return [] if getattr(chip.components, key) is not None else [f"components.{key}"]
 
 
 def _adc_energy_pj(chip: Chip) -> float | None:
@@ -286,11 +288,11 @@ def missing_area(chip: Chip, used: Sequence[int]) -> tuple[str, ...]:
         chip: The chip.
         used: Indices of the crossbar types in use.
     """
-    keys = ("crossbar_area_um2", "adc_area_um2", "dac_area_um2")
-    missing = [f"components.{key}" for key in keys if getattr(chip.components, key) is None]
+    missing = _missing_of_arrays(chip, "crossbar_area_um2")
+    missing += [f"components.{k}" for k in ("adc_area_um2", "dac_area_um2") if getattr(chip.components, k) is None]
     kinds = [chip.crossbars[index] for index in used]
     missing += [f"crossbars.{kind.name}.columns_per_adc" for kind in kinds if kind.columns_per_adc is None]
-    return (*missing, *_several_sizes(chip, "components.crossbar_area_um2"))
+    return tuple(missing)
 
 
 def array_area_um2(chip: Chip, crossbar: CrossbarType) -> float:
