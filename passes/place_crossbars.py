@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.hardware import Chip
     from raqu_onnx.quantized import QuantizedNode
+    from raqu_onnx.tiling import Matrix
 
 __all__ = ["PlaceCrossbarsPass"]
 
