@@ -249,7 +249,17 @@ def test_the_size_that_runs_short_is_named(cli: Cli, workspace: Path) -> None:
     short = f"{taken[0]} large where it has 1"
     text = cli("inspect", "model.onnx", "--hw", "two.toml", "--weight-bits", 2).out
     assert f"packed it takes {short}: at this width the model does not fit" in text
-    run = ("optimize", "model.onnx", "--hw", "two.toml", "--calibration", "calibration.npz", "--no-progress", "-q")
+    run = (
+        "optimize",
+        "model.onnx",
+        "--no-drop",
+        "--hw",
+        "two.toml",
+        "--calibration",
+        "calibration.npz",
+        "--no-progress",
+        "-q",
+    )
     for extra in ((), ("--dry-run",)):
         ran = cli(*run, *extra)
         assert ran.code == 2

@@ -157,15 +157,20 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
     ways += [f"fewer nodes kept at {settings.kept_weight_bits} bits"] if settings.kept else []
     also = f", or allow {' or '.join(ways)}" if ways else ""
     if not fits:
+        where = f", {short}" if short else f" where it has {_have(chip)}"
         raise DoesNotFitError(
             f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars"
-            f"{short and ', '}{short}; use a larger chip{also}, or program it several times with --partitions auto"
+            f"{where}; use a larger chip{also}, or program it several times with --partitions auto"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(
             f"{goal.max_crossbars} crossbars are too few: the smallest widths, {smallest}, take {need}; allow at least "
             f"{need} crossbars{also}"
         )
+
+
+def _have(chip: Chip) -> str:
+    return ", ".join(f"{'any number' if kind.count is None else kind.count} of {kind.name}" for kind in chip.crossbars)
 
 
 def _lowest(problem: Problem) -> tuple[NodeWidth, ...]:
