@@ -9,13 +9,14 @@ import onnx_ir as ir
 
 from raqu_onnx.already_quantized import check_float, quantized_nodes
 from raqu_onnx.annotations import INPUT, KEPT, MAPPED, UNMAPPED
-from raqu_onnx.errors import ModelError
+from raqu_onnx.encodings import MAX_BITS
+from raqu_onnx.errors import ConfigError, ModelError
 from raqu_onnx.manifest_stages import execution_order
 from raqu_onnx.mapping import MAPPABLE_OPS, UnmappedNode, scan
 from raqu_onnx.selection import FIRST, ends, excluded_reason, select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from raqu_onnx.layout import MappedNode
 
@@ -34,18 +35,20 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
     Attributes:
         exclude: Patterns of nodes that stay as they are: names, operator types, regular expressions.
         keep: Patterns of mapped nodes that keep 8 bits; ``first`` and ``last`` mean those at the ends of the graph.
+        input_bits: Width of the model's own inputs; refused where every node that reads them is kept.
     """
 
     name: ClassVar[str] = "annotate-tiling"
 
     exclude: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    input_bits: int = MAX_BITS
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Annotate; the graph itself does not change.
 
         Raises:
-            ConfigError: A pattern means no node.
+            ConfigError: A pattern means no node, or `input_bits` has no effect.
             ModelError: The model is quantized already, or has no node that crossbars could compute.
         """
         mapped, unmapped = scan(model)
@@ -54,8 +57,10 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
         check_float(model, excluded)
         mapped = [(node, item) for node, item in mapped if item.name not in excluded]
         left = {item.name: item for item in unmapped if item.name not in excluded}
+        quantized = {node.name for node in quantized_nodes(model)}
         left.update(
-            (name, UnmappedNode(name, operators[name], excluded_reason(pattern))) for name, pattern in excluded.items()
+            (name, UnmappedNode(name, operators[name], excluded_reason(pattern, quantized=name in quantized)))
+            for name, pattern in excluded.items()
         )
         _require_mapped(mapped, list(left.values()))
         for node, description in mapped:
@@ -101,11 +106,22 @@ class AnnotateTilingPass(ir.passes.InPlacePass):
             others={name: operator for name, operator in operators.items() if name not in names},
             unfit="are not on crossbars",
         )
+        self._require_inputs({item.name for _, item in mapped if item.name in reading}, kept)
         for node, item in mapped:
             if item.name in reading:
                 INPUT.set(node, True)
             if item.name in kept:
                 KEPT.set(node, kept[item.name])
+
+    def _require_inputs(self, reading: Collection[str], kept: Mapping[str, str]) -> None:
+        """Make sure that a width for the model's own inputs has a node to be used in."""
+        if self.input_bits == MAX_BITS or not reading or not all(name in kept for name in reading):
+            return
+        patterns = ", ".join(dict.fromkeys(kept[name] for name in kept if name in reading))
+        raise ConfigError(
+            f"--input-bits: every node that reads the model's own inputs keeps {MAX_BITS} bits (--keep {patterns}); "
+            "leave one of the two out"
+        )
 
 
 def _require_mapped(mapped: Sequence[object], unmapped: Sequence[UnmappedNode]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from raqu_onnx.already_quantized import excluded_names
 from raqu_onnx.graph_edit import (
     Names,
     all_finite,
@@ -23,6 +24,8 @@ from raqu_onnx.graph_edit import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from numpy.typing import NDArray
 
 __all__ = ["FoldBatchNormPass"]
@@ -47,7 +50,12 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
     The layer keeps its name, attributes and metadata and takes over the name `y`. Computed in double precision and
     stored in the weight's own type. A weight that other nodes read is copied first. A BatchNormalization whose
     `var + epsilon` is not positive, or whose result the weight's type cannot hold, stays.
+
+    Attributes:
+        exclude: Patterns of layers that stay as they are, and so does a BatchNormalization behind them.
     """
+
+    exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "fold-batchnorm"
 
@@ -61,10 +69,11 @@ class FoldBatchNormPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold in place."""
+        excluded = excluded_names(model, self.exclude)
         names = Names(model)
         modified = False
         for node in nodes_of_type(model, "BatchNormalization"):
-            modified |= _fold(node, names)
+            modified |= _fold(node, names, excluded)
         return ir.passes.PassResult(model, modified)
 
 
@@ -75,10 +84,10 @@ class _Affine(NamedTuple):
     shift: NDArray[np.float64]
 
 
-def _fold(batchnorm: ir.Node, names: Names) -> bool:
+def _fold(batchnorm: ir.Node, names: Names, excluded: Container[str | None]) -> bool:
     layer = _layer_before(batchnorm)
     affine = _affine(batchnorm)
-    if layer is None or affine is None:
+    if layer is None or affine is None or layer.name in excluded:
         return False
     folded = _scaled(layer, affine)
     if folded is None:

@@ -81,7 +81,10 @@ def _fuse(product: ir.Node, names: Names) -> bool:
     if len(readers) != 1 or inner.is_graph_output() or len(x.shape) < 2:
         return False
     added, slot = readers[0]
-    if added.op_type != "Add" or added.domain != "" or graph_of(added) is not graph_of(product):
+    # A Sum of two is an Add.
+    if added.op_type not in ("Add", "Sum") or len(added.inputs) != 2 or added.domain != "":
+        return False
+    if graph_of(added) is not graph_of(product):
         return False
     addend = added.inputs[1 - slot]
     vector = _column_vector(constant_array(addend), tensor.numpy())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from raqu_onnx.already_quantized import excluded_names
 from raqu_onnx.graph_edit import (
     Names,
     add_initializer,
@@ -55,7 +56,12 @@ class NormalizeGemmPass(ir.passes.InPlacePass):
         y = Add (y_matmul, ...)
 
     A Gemm of two variables stays, and so does one whose folded weight its type cannot hold.
+
+    Attributes:
+        exclude: Patterns of nodes that stay as they are.
     """
+
+    exclude: tuple[str, ...] = ()
 
     name: ClassVar[str] = "normalize-gemm"
 
@@ -69,10 +75,11 @@ class NormalizeGemmPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
+        excluded = excluded_names(model, self.exclude)
         names = Names(model)
         modified = False
         for node in nodes_of_type(model, "Gemm"):
-            modified |= _normalize(node, names)
+            modified |= node.name not in excluded and _normalize(node, names)
         return ir.passes.PassResult(model, modified)
 
 

@@ -20,6 +20,8 @@ from raqu_onnx.annotations import (
     NodeBits,
     mapped_nodes,
 )
+from raqu_onnx.channel_flow import channel_flows
+from raqu_onnx.dropping import DropRules
 from raqu_onnx.encodings import MAX_BITS, SignedEncoding
 from raqu_onnx.quantizer import ModelQuantizer, NodeSource, QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
@@ -117,7 +119,8 @@ def build_quantizer(
         sources[mapped.name] = NodeSource(
             mapped, weight.numpy(), None if bias is None else bias.numpy(), HISTOGRAM.get(node), MOMENTS.get(node)
         )
-    quantizer = ModelQuantizer(sources, encoding, settings)
+    rules = DropRules([source.node for source in sources.values()], channel_flows(model))
+    quantizer = ModelQuantizer(sources, encoding, settings, rules)
     calibration = CALIBRATION.get(model)
     if settings.weight_method == "sequential" and calibration is not None:
         quantizer.fit_sequentially(model, calibration)

@@ -80,9 +80,7 @@ class SearchBitsPass(ir.passes.InPlacePass):
             inputs=frozenset(index for index, node in enumerate(nodes) if INPUT.get(node)),
         )
         budget = self.goal.max_crossbars
-        problem = Problem(
-            model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget
-        )
+        problem = Problem(model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget)
         result = search(problem, self.goal)
         SEARCH.set(model, result)
         chosen = result.chosen.bits

@@ -46,17 +46,17 @@ class TidyPass(ir.passes.InPlacePass):
         y  = Gemm (x, W, b')
 
     In this order: weights stop being optional inputs, local functions are inlined, the opset is raised or lowered,
-    constants are folded, Identity nodes are read through, Gemm is normalized, BatchNormalization is folded, every node
-    gets a name of its own, layers of float16 compute in float, shapes are inferred, and a MatMul takes up the bias
-    behind it. What the user sees stays: names, types and dynamic dimensions of the inputs to feed and of the outputs,
-    metadata, and the nodes that nothing was folded into.
+    constants are folded, Identity nodes are read through, every node gets a name of its own, Gemm is normalized,
+    BatchNormalization is folded, shapes are inferred, a MatMul takes up the bias behind it, and layers of float16
+    compute in float. What the user sees stays: names, types and dynamic dimensions of the inputs to feed and of the
+    outputs, metadata, and the nodes that nothing was folded into.
 
     Attributes:
         minimum_opset: An older model is raised to this opset.
         maximum_opset: A newer model is lowered to this opset, or refused.
         max_growth_bytes: See `FoldConstantsPass`.
-        exclude: Patterns of nodes that stay as they are: weights behind their DequantizeLinear, layers of float16,
-            a MatMul with a bias behind it.
+        exclude: Patterns of nodes that stay as they are: weights behind their DequantizeLinear, a Gemm of any form, a
+            BatchNormalization behind a layer, layers of float16, a MatMul with a bias behind it.
     """
 
     minimum_opset: int = 13
@@ -78,14 +78,16 @@ class TidyPass(ir.passes.InPlacePass):
         protect(model, self.exclude)
         modified |= FoldConstantsPass(self.max_growth_bytes)(model).modified
         modified |= _read_through_identities(model)
-        modified |= NormalizeGemmPass()(model).modified
-        modified |= FoldBatchNormPass()(model).modified
+        # Before nodes change their type: what they are called must not depend on what is excluded.
         modified |= name_nodes(model)
+        modified |= NormalizeGemmPass(self.exclude)(model).modified
+        modified |= FoldBatchNormPass(self.exclude)(model).modified
+        # Only shapes tell a stack of matrices from a matrix.
+        modified |= infer_shapes(model)
+        # While nothing stands between a MatMul and its bias, as the Casts of a layer of float16 will.
+        modified |= FuseMatMulBiasPass(self.exclude)(model).modified
         modified |= WidenHalfPass(self.exclude)(model).modified
         modified |= _set_outputs_apart(model)
-        modified |= infer_shapes(model)
-        # Only shapes tell a stack of matrices from a matrix.
-        modified |= FuseMatMulBiasPass(self.exclude)(model).modified
         return ir.passes.PassResult(model, modified)
 
     def ensures(self, model: ir.Model) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import EMITTED, PLACEMENT, QUANTIZED, mapped_nodes, unmapped_nodes
+from raqu_onnx.annotations import COST, CYCLES, EMITTED, PARTITIONS, PLACEMENT, QUANTIZED, mapped_nodes, unmapped_nodes
 from raqu_onnx.cells import write_cells
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.manifest_build import ManifestContext, build_manifest
@@ -27,7 +27,7 @@ CELLS_FILE = "cells.npz"
 class WriteManifestPass(ir.passes.InPlacePass):
     """Write ``model.onnx``, ``manifest.json`` and, if asked, ``cells.npz`` into a folder.
 
-    Before and after: the same graph.
+    Before and after: the same graph. The model gains its cost and the cycles of its nodes.
 
     Attributes:
         folder: An existing folder.
@@ -79,6 +79,9 @@ class WriteManifestPass(ir.passes.InPlacePass):
                 model_file=MODEL_FILE,
             )
         )
+        COST.set(model, manifest.totals.cost)
+        PARTITIONS.set(model, manifest.partitions)
+        CYCLES.set(model, {stage.node: stage.cycles for stage in manifest.stages})
         manifest.write(Path(self.folder) / MANIFEST_FILE)
         if self.cells:
             write_cells(Path(self.folder) / CELLS_FILE, manifest, {item.node.name: item.codes for item in quantized})

@@ -19,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raqu_onnx.backend.simulate import SimulationReport, simulate
     from raqu_onnx.config import OptimizeConfig, load_config
     from raqu_onnx.errors import RaquError
     from raqu_onnx.hardware import Chip, CrossbarType, builtin_chips, load_chip
@@ -38,6 +39,7 @@ __all__ = [
     "OptimizeConfig",
     "OptimizeResult",
     "RaquError",
+    "SimulationReport",
     "ValidationReport",
     "builtin_chips",
     "inspect",
@@ -47,6 +49,7 @@ __all__ = [
     "optimize",
     "read_manifest",
     "report_schema",
+    "simulate",
     "validate",
 ]
 
@@ -60,6 +63,7 @@ _HOMES = {
     "OptimizeConfig": "config",
     "OptimizeResult": "results",
     "RaquError": "errors",
+    "SimulationReport": "backend.simulate",
     "ValidationReport": "validation",
     "builtin_chips": "hardware",
     "inspect": "inspection",
@@ -69,6 +73,7 @@ _HOMES = {
     "optimize": "optimization",
     "read_manifest": "manifest",
     "report_schema": "report",
+    "simulate": "backend.simulate",
     "validate": "validation",
 }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import Placement
     from raqu_onnx.quantized import EmittedNames, QuantizedNode
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BITS",
     "CALIBRATION",
+    "COST",
+    "CYCLES",
     "EMITTED",
     "HISTOGRAM",
     "INPUT",
@@ -37,11 +40,14 @@ __all__ = [
     "MAPPED",
     "METADATA_PREFIX",
     "MOMENTS",
+    "NO_COPIES",
+    "PARTITIONS",
     "PLACEMENT",
     "PROTECTED",
     "QUANTIZED",
     "QUANTIZER",
     "SEARCH",
+    "SINGLE",
     "UNMAPPED",
     "VALIDATION",
     "Annotation",
@@ -129,6 +135,14 @@ SEARCH: Annotation[SearchResult] = Annotation("search", "search-bits")
 QUANTIZED: Annotation[QuantizedNode] = Annotation("quantized_node", "quantize-weights")
 EMITTED: Annotation[EmittedNames] = Annotation("emitted_names", "insert-qdq")
 PLACEMENT: Annotation[Placement] = Annotation("placement", "place-crossbars")
+# The placement with one copy of each node, where the other one has more.
+SINGLE: Annotation[Placement] = Annotation("single_placement", "place-crossbars")
+# Why there are no copies where they were wanted.
+NO_COPIES: Annotation[str] = Annotation("no_copies", "place-crossbars")
+PARTITIONS: Annotation[tuple[PartitionEntry, ...]] = Annotation("partitions", "write-manifest")
+COST: Annotation[CostEntry] = Annotation("cost", "write-manifest")
+# Cycles of one inference by node, None where unknown.
+CYCLES: Annotation[dict[str, int | None]] = Annotation("cycles", "write-manifest")
 VALIDATION: Annotation[ValidationReport] = Annotation("validation", "check")
 
 

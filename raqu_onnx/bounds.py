@@ -1,8 +1,8 @@
 """Fewest crossbars, and fewest cells, that any placement of a model could take.
 
 Every way of cutting the matrices into blocks is allowed for, so that no tiling beats these bounds. Per node and
-crossbar type, with `K` rows and `N` columns per group, `R` and `C` lines of a crossbar, they rest on three sums over
-its blocks:
+crossbar type, with `K` stored rows and `N` columns of a group, `R` and `C` lines of a crossbar, they rest on three sums
+over its blocks:
 
 * cells: at least `K * N`, with one more column per column block where blocks end in a unit column;
 * rows: every row of the matrix runs through at least as many blocks as its columns need, `ceil(N / C)` (more where
@@ -82,10 +82,13 @@ def demand(matrix: Matrix, geometry: ArrayGeometry, *, partly: bool = False) -> 
     """
     if geometry.weight_rows < 1 or geometry.weight_cols < 1:
         return None if matrix.cells(geometry.encoding) else Demand()
-    patterns, counts = np.unique(matrix.bits, axis=0, return_counts=True)
-    total: Demand | None = None
-    for bits, count in zip(patterns, counts.tolist(), strict=True):
-        order = column_order(bits, geometry.encoding)
+    # Groups that store as many rows and have the same bits are alike; those without stored rows take nothing.
+    patterns, counts = np.unique(np.column_stack([matrix.row_counts, matrix.bits]), axis=0, return_counts=True)
+    total = None if patterns[:, 0].any() else Demand()
+    for (rows, *bits), count in zip(patterns.tolist(), counts.tolist(), strict=True):
+        if not rows:
+            continue
+        order = column_order(np.array(bits, np.int64), geometry.encoding)
         widths = np.diff(order.starts)
         if partly and (geometry.split_slices or not widths.size or widths.min() <= geometry.weight_cols):
             cuts = 0
@@ -96,7 +99,7 @@ def demand(matrix: Matrix, geometry: ArrayGeometry, *, partly: bool = False) -> 
                 if partly:
                     continue
                 return None
-        found = _of_group(matrix.rows, int(order.starts[-1]), cuts, geometry).times(count)
+        found = _of_group(rows, int(order.starts[-1]), cuts, geometry).times(count)
         total = found if total is None else total + found
     return total
 
@@ -122,7 +125,7 @@ def fewest_crossbars(
     shapes: Sequence[ArrayGeometry],
     counts: Sequence[int | None],
     sharing: Sharing = "time",
-    owners: Sequence[int] | None = None,
+    copies: Sequence[int] | None = None,
 ) -> int:
     """Fewest physical crossbars that could hold the weights under a sharing mode.
 
@@ -131,15 +134,15 @@ def fewest_crossbars(
         shapes: The crossbar types.
         counts: Crossbars of each type, None for any number.
         sharing: What may share a crossbar.
-        owners: Index of the node that each matrix belongs to, where one node has several.
+        copies: Copies of each node, None for one.
 
     Raises:
         DoesNotFitError: The crossbars of several types together are too few by this bound.
     """
     if len(shapes) == 1:
-        return _slots(_by_node(nodes, shapes, owners), shapes[0], sharing) * shapes[0].encoding.arrays_per_placement
+        return _slots(_by_node(nodes, shapes, copies), shapes[0], sharing) * shapes[0].encoding.arrays_per_placement
     costs = [shape.encoding.arrays_per_placement for shape in shapes]
-    return _several_types(_by_node(nodes, shapes, owners), shapes, counts, sharing, costs)
+    return _several_types(_by_node(nodes, shapes, copies), shapes, counts, sharing, costs)
 
 
 def fewest_cells(
@@ -147,36 +150,37 @@ def fewest_cells(
     shapes: Sequence[ArrayGeometry],
     counts: Sequence[int | None],
     sharing: Sharing = "time",
-    owners: Sequence[int] | None = None,
+    copies: Sequence[int] | None = None,
 ) -> int:
     """Fewest cells of allocated crossbars that could hold the weights; see `fewest_crossbars`."""
     if len(shapes) == 1:
-        return _slots(_by_node(nodes, shapes, owners), shapes[0], sharing) * shapes[0].cells
+        return _slots(_by_node(nodes, shapes, copies), shapes[0], sharing) * shapes[0].cells
     costs = [shape.cells for shape in shapes]
-    return _several_types(_by_node(nodes, shapes, owners), shapes, counts, sharing, costs)
+    return _several_types(_by_node(nodes, shapes, copies), shapes, counts, sharing, costs)
 
 
-_Demands = list[list[Demand | None]]
+#: Demand of a node on each type, and how many copies of it there are.
+_Demands = list[tuple[tuple[Demand | None, ...], int]]
 
 
-def _by_node(nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], owners: Sequence[int] | None) -> _Demands:
-    """Demand of each node on each type."""
-    found: dict[int, list[Demand | None]] = {}
-    for index, matrix in enumerate(nodes):
-        own = found.setdefault(index if owners is None else owners[index], [Demand()] * len(shapes))
-        for kind, shape in enumerate(shapes):
-            before, more = own[kind], demand(matrix, shape, partly=len(shapes) > 1)
-            own[kind] = None if before is None or more is None else before + more
-    return [own for own in found.values() if any(part is None or part.cells for part in own)]
+def _by_node(nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], copies: Sequence[int] | None) -> _Demands:
+    """What each node takes; nodes that are alike count as copies, and those that take nothing are left out."""
+    found: dict[tuple[Demand | None, ...], int] = {}
+    for matrix, count in zip(nodes, (1,) * len(nodes) if copies is None else copies, strict=True):
+        own = tuple(demand(matrix, shape, partly=len(shapes) > 1) for shape in shapes)
+        if any(part is None or part.cells for part in own):
+            found[own] = found.get(own, 0) + count
+    return list(found.items())
 
 
 def _slots(demands: _Demands, shape: ArrayGeometry, sharing: Sharing) -> int:
     """Slots of one type."""
-    parts = [own[0] for own in demands]
-    fitting = [part for part in parts if part is not None]
-    if len(fitting) < len(parts):
+    fitting = [(own[0], count) for own, count in demands if own[0] is not None]
+    if len(fitting) < len(demands):
         raise ChipError(f"one kernel is wider than a crossbar of {shape.rows} x {shape.cols} cells")
-    return fewest_slots(fitting, shape, sharing)
+    if sharing == "exclusive":
+        return sum(count * fewest_slots([part], shape, sharing) for part, count in fitting)
+    return fewest_slots([part.times(count) for part, count in fitting], shape, sharing)
 
 
 def fewest_slots(demands: Sequence[Demand], shape: ArrayGeometry, sharing: Sharing) -> int:
@@ -219,11 +223,8 @@ def _several_types(
 def _each(
     demands: _Demands, shapes: Sequence[ArrayGeometry], limits: Sequence[int | None], costs: Sequence[int]
 ) -> Iterable[int]:
-    known: dict[tuple[Demand | None, ...], int] = {}
-    for own in demands:
-        if tuple(own) not in known:
-            known[tuple(own)] = _program([own], shapes, limits, costs, lines=True)
-        yield known[tuple(own)]
+    for own, count in demands:
+        yield count * _program([(own, 1)], shapes, limits, costs, lines=True)
 
 
 def _program(
@@ -239,20 +240,22 @@ def _program(
     nodes, types = len(demands), len(shapes)
     # Costs are whole multiples of this unit, and so is the least of them.
     unit = math.gcd(*costs)
-    # Variables: slots n[t], then the share x[node, t] of every node on every type.
+    # Variables: slots n[t], then how much x[node, t] of every node, all copies together, lies on every type. Copies
+    # are alike, so that what serves all together serves each with an equal part of it.
     cost = np.concatenate([np.array(costs) / unit, np.zeros(nodes * types)])
-    possible = [float(part is not None) for own in demands for part in own]
+    possible = [float(count if part is not None else 0) for own, count in demands for part in own]
     upper = np.concatenate([[np.inf if limit is None else limit for limit in limits], possible])
     whole = np.zeros((nodes, types + nodes * types))
     for n in range(nodes):
         whole[n, types + n * types : types + (n + 1) * types] = 1
+    amounts = [float(count) for _, count in demands]
     capacity = np.concatenate(list(_capacities(demands, shapes, lines=lines)))
     with no_native_output():
         result = milp(
             cost,
             integrality=np.concatenate([np.ones(types, np.int64), np.zeros(nodes * types, np.int64)]),
             bounds=Bounds(np.zeros_like(upper), upper),
-            constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, 1, 1)],
+            constraints=[LinearConstraint(capacity, 0, np.inf), LinearConstraint(whole, amounts, amounts)],
             options={"mip_rel_gap": 0.0},
         )
     if result.x is None:
@@ -268,8 +271,7 @@ def _capacities(demands: _Demands, shapes: Sequence[ArrayGeometry], *, lines: bo
         rows = shape.weight_rows * shape.encoding.rows_per_weight
         if not rows:
             continue
-        kept = [Demand() if own[t] is None else own[t] for own in demands]
-        parts = [part for part in kept if part is not None]
+        parts = [own[t] or Demand() for own, _ in demands]
         takes = [[part.thin_cells / (rows * shape.cols) for part in parts]]
         if lines:
             takes.append([part.thin_rows / rows for part in parts])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CellSource",
     "CellsFile",
+    "LevelCache",
     "ProgrammedCells",
     "block_levels",
     "cell_key",
@@ -54,20 +55,22 @@ class CellSource(Protocol):
         ...
 
 
-class _Cache:
-    """The crossbars used last."""
+class LevelCache:
+    """The crossbars used last, as many as a fixed number of cells allows."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._cells = 0
 
-    def get(self, key: tuple[int, int]) -> NDArray[np.uint8] | None:
+    def get(self, key: tuple[int, int]) -> NDArray[Any] | None:
+        """Levels of a crossbar by (type, number), if they are still there."""
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
         return found
 
-    def put(self, key: tuple[int, int], levels: NDArray[np.uint8]) -> None:
+    def put(self, key: tuple[int, int], levels: NDArray[Any]) -> None:
+        """Keep the levels of a crossbar, at the price of those that were used longest ago."""
         self._kept[key] = levels
         self._cells += levels.size
         while self._cells > _CACHE_CELLS and len(self._kept) > 1:
@@ -167,7 +170,7 @@ class ProgrammedCells:
         self._matrices = {
             name: node.layout.to_matrices(codes[name]) for name, node in self._view.nodes.items() if name in codes
         }
-        self._cache = _Cache()
+        self._cache = LevelCache()
 
     def crossbar(self, crossbar_type: int, crossbar: int) -> NDArray[np.uint8]:
         """Levels of one crossbar, shape (rows, cols).
@@ -249,7 +252,7 @@ class CellsFile:
     def __init__(self, path: str | Path, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
-        self._cache = _Cache()
+        self._cache = LevelCache()
         try:
             self._archive: Any = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -18,7 +18,8 @@ def cells_format() -> dict[str, Any]:
         "written_by": "raqu-onnx optimize --cells",
         "format": "NumPy .npz: a zip archive of .npy files of version 1.0; numpy.load reads it without pickle",
         "arrays": {
-            "which": "one for each physical crossbar that a placement of the manifest names, and no other",
+            "which": "one for each crossbar number that a placement of the manifest names, and no other; with several "
+            "partitions, what an array holds in one of them has a number of its own (partitions[].crossbars)",
             "name": "TYPE/NUMBER: chip.crossbars[placement.type].name, a slash, and placement.crossbar in six digits "
             "or more, such as main/000012",
             "name_pattern": ARRAY_NAME,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["clipped_scales"]
+__all__ = ["ScaleLimits", "clipped_scales"]
 
 _SHARES = np.linspace(1.0, 0.2, 41)
 # Weights that are worked on at once, so that they stay in the cache.
@@ -20,14 +21,32 @@ _TINY = 1e-30
 _LARGEST = 1e15
 
 
+@dataclass(frozen=True)
+class ScaleLimits:
+    """What each entry of the scale axis has to keep to, all of shape (channels,).
+
+    Attributes:
+        floor: Smallest scale allowed.
+        low: Smallest code.
+        high: Largest code.
+    """
+
+    floor: NDArray[np.floating]
+    low: NDArray[np.floating]
+    high: NDArray[np.floating]
+
+    def of(self, part: slice, full: NDArray[np.float64]) -> ScaleLimits:
+        """Those of some entries in single precision, the floor in units of their full range."""
+        floor = np.minimum(self.floor[part] / full, _LARGEST)
+        return ScaleLimits(*(item.astype(np.float32) for item in (floor, self.low[part], self.high[part])))
+
+
 def clipped_scales(
     weight: NDArray[np.float64],
     power: NDArray[np.float64],
     kernels: NDArray[np.intp],
     full: NDArray[np.float64],
-    floor: NDArray[np.float64],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
+    limits: ScaleLimits,
 ) -> NDArray[np.float64]:
     """For each entry of the scale axis, the share of the full range with the least weighted squared error.
 
@@ -38,9 +57,7 @@ def clipped_scales(
         power: Weight of the error of each row, shape (G, K).
         kernels: Kernels that share an entry, counted through all groups, shape (channels, n).
         full: Scale that spans the full range, shape (channels,).
-        floor: Smallest scale allowed, shape (channels,).
-        low: Smallest code, shape (channels,).
-        high: Largest code, shape (channels,).
+        limits: Smallest scales and codes, and largest codes.
 
     Returns:
         Scales, shape (channels,).
@@ -54,14 +71,9 @@ def clipped_scales(
         group, kernel = np.divmod(kernels[part], weight.shape[2])
         # In units of the full range, which float32 holds whatever the weights' size.
         values = (weight[group, :, kernel] / full[part, None, None]).reshape(len(group), -1).astype(np.float32)
-        share = _best_share(
-            values,
-            _normalized(power[group]).reshape(len(group), -1),
-            np.minimum(floor[part] / full[part], _LARGEST).astype(np.float32),
-            low[part].astype(np.float32),
-            high[part].astype(np.float32),
-        )
-        best[part] = np.maximum(full[part] * share, floor[part])
+        powers = _normalized(power[group]).reshape(len(group), -1)
+        share = _best_share(values, powers, limits.of(part, full[part]))
+        best[part] = np.maximum(full[part] * share, limits.floor[part])
     return best
 
 
@@ -71,23 +83,17 @@ def _normalized(power: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.asarray(power / np.maximum(largest, _TINY), np.float32)
 
 
-def _best_share(
-    values: NDArray[np.float32],
-    power: NDArray[np.float32],
-    floor: NDArray[np.float32],
-    low: NDArray[np.float32],
-    high: NDArray[np.float32],
-) -> NDArray[np.float64]:
+def _best_share(values: NDArray[np.float32], power: NDArray[np.float32], limits: ScaleLimits) -> NDArray[np.float64]:
     """Share with the least error of each row of `values`, which are in steps of the full range."""
     best, least = np.ones(len(values)), np.full(len(values), np.inf, np.float32)
     total = power.sum(1)
     error, codes = np.empty_like(values), np.empty_like(values)
     for share in _SHARES:
-        scale = np.maximum(np.float32(share), floor)[:, None]
+        scale = np.maximum(np.float32(share), limits.floor)[:, None]
         np.divide(values, scale, out=codes)
         np.rint(codes, out=codes)
-        np.maximum(codes, low[:, None], out=codes)
-        np.minimum(codes, high[:, None], out=codes)
+        np.maximum(codes, limits.low[:, None], out=codes)
+        np.minimum(codes, limits.high[:, None], out=codes)
         codes *= scale
         np.subtract(codes, values, out=error)
         error *= error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -43,6 +43,9 @@ __all__ = [
     "to_toml",
 ]
 
+# Kernels of a layer that share a width.
+_GROUPS = {"layer": None, "kernel": 1}
+
 #: Points of accuracy that may be lost when neither a budget nor a drop is given.
 DEFAULT_ACCURACY_DROP = 0.5
 
@@ -77,6 +80,26 @@ def _weight_bits(value: object) -> tuple[int, int]:
     return parsed
 
 
+def _crossbar_budget(value: object) -> int | str | None:
+    """Read a number of crossbars, or `chip` for as many as it has."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+    if number is None or number == "chip":
+        return number
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        raise ValueError(f"{value!r} is no number of crossbars: give one such as 200, or chip for all that it has")
+    return number
+
+
+def _parts(value: object) -> int | str | None:
+    """Read a number of partitions, or `auto` for as few as will do."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+    if number is None or number == "auto":
+        return number
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
+        raise ValueError(f"{value!r} is no number of partitions: give one such as 4, or auto for as few as will do")
+    return number
+
+
 def _bits_text(value: tuple[int, int] | None) -> str | int:
     if value is None:
         return "float"
@@ -93,7 +116,16 @@ def _pattern_list(value: object) -> object:
     return split_patterns(value) if isinstance(value, str) else value
 
 
+def _granularity(value: object) -> object:
+    """Check ``layer``, ``kernel`` or ``group:N``."""
+    if isinstance(value, str) and re.fullmatch(r"layer|kernel|group:0*[1-9]\d*", value):
+        return value
+    raise ValueError(f"{value!r} is no granularity: give layer, kernel or group:N, such as group:8")
+
+
 BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
+CrossbarBudget = Annotated[int | Literal["chip"] | None, BeforeValidator(_crossbar_budget)]
+PartCount = Annotated[int | Literal["auto"] | None, BeforeValidator(_parts)]
 OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
 
 
@@ -124,6 +156,12 @@ class OptimizeConfig(BaseModel):
         strict=True,
         description="most points of accuracy (or of agreement with float) that may be lost",
     )
+    replicate: CrossbarBudget = Field(
+        None, description="most crossbars that copies of the slowest nodes may fill, chip for all that it has"
+    )
+    partitions: PartCount = Field(
+        None, description="most parts that are programmed one after the other, auto for as few as will do"
+    )
     weight_bits: BitRange = Field(SearchSettings.weight_bits, description="width of weights: a range is searched")
     reduce_range: bool = Field(
         False, strict=True, description="limit weights to 7 bits, exact in onnxruntime on CPUs without VNNI too"
@@ -134,6 +172,10 @@ class OptimizeConfig(BaseModel):
     input_bits: int = Field(
         SearchSettings.input_bits, ge=2, le=8, strict=True, description="width of the model's own inputs"
     )
+    granularity: Annotated[str, BeforeValidator(_granularity)] = Field(
+        "kernel", description="what has a width of its own: layer, kernel, or group:N for groups of N kernels"
+    )
+    drop: bool = Field(True, strict=True, description="kernels may get 0 bits, where a layer has no single width")
     task: Task = Field("auto", description="what the outputs are: class scores, or values that all count")
     exclude: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = Field(
         (), description="nodes that stay as they are: names, operator types or regular expressions"
@@ -209,6 +251,17 @@ class OptimizeConfig(BaseModel):
         return self.model_copy(update=changes)
 
     @property
+    def method(self) -> tuple[str, ...]:
+        """Settings of the method that are not the default, as options of the command line."""
+        options = []
+        for name in ("weight_method", "fit_without", "fit_samples", "equalize", "activation_range", "reduce_range"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                text = "" if value is True else f" {','.join(value) if isinstance(value, tuple) else value}"
+                options.append(f"--{name.replace('_', '-')}{text}")
+        return tuple(options)
+
+    @property
     def search_settings(self) -> SearchSettings:
         """Settings of the search."""
         most = SAFE_WEIGHT_BITS if self.reduce_range else MAX_BITS
@@ -217,6 +270,8 @@ class OptimizeConfig(BaseModel):
             weight_bits=(min(low, most), min(high, most)),
             activation_bits=self.activation_bits,
             evaluations=self.evaluations,
+            group=_GROUPS[self.granularity] if self.granularity in _GROUPS else int(self.granularity.split(":")[1]),
+            drop=self.drop,
             sensitivity_samples=self.sensitivity_samples,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -273,12 +328,16 @@ def effective_toml(config: OptimizeConfig) -> str:
     unset = {
         "model": "none, an argument of the command",
         "calibration": "synthetic inputs",
-        "selection": "half of the calibration data, or synthetic inputs",
+        "selection": "the calibration data, as the widths are fixed, or synthetic inputs"
+        if config.search_settings.is_uniform
+        else "half of the calibration data, or synthetic inputs",
         "eval": "none",
         "max_crossbars": "no limit",
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
         "passes": "the default pipeline",
+        "replicate": "one copy of each node",
+        "partitions": "all on the chip at once",
     }
     values = filled.model_dump(mode="json", by_alias=True)
     comments = [f"# {key}: {words}\n" for key, words in unset.items() if values[key] is None]

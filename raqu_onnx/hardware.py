@@ -164,6 +164,8 @@ class Chip(_Table):
         cycle_ns: Time of one array read with one input bit-slice, the turns of all columns at their ADCs included;
             None where unknown.
         crossbars: The crossbar types, with unique names.
+        column_turn_ns: Time of one turn of the columns at their ADCs, DAC and array included, on a chip where a read
+            takes only as many turns as its bitlines need; None where a read takes `cycle_ns` whatever it reads.
         hierarchy: How crossbars are grouped; None where unknown.
         components: Figures per component.
         sources: Where figures come from, by dotted key (`crossbars.main.rows`) or by a table above it
@@ -186,6 +188,7 @@ class Chip(_Table):
     adc_signed: Switch = Field(default_factory=lambda data: data.get("encoding") == "differential-row")
     cycle_ns: Figure | None = None
     crossbars: Annotated[tuple[CrossbarType, ...], Field(min_length=1)]
+    column_turn_ns: Figure | None = None
     hierarchy: Hierarchy | None = None
     components: Components = Components()
     sources: dict[str, str] = {}
@@ -217,6 +220,16 @@ class Chip(_Table):
             short = [f"{crossbar.name}.rows = {crossbar.rows}" for crossbar in value if crossbar.rows < 2]
             if short:
                 raise constraint("at least 2 rows: differential-row stores a weight in two", found=", ".join(short))
+        return value
+
+    @field_validator("column_turn_ns")
+    @classmethod
+    def _turns_are_counted(cls, value: float | None, info: ValidationInfo) -> float | None:
+        cycle = info.data.get("cycle_ns")
+        if value is not None and cycle is not None and value > cycle:
+            raise constraint(f"at most cycle_ns, which is {cycle:g}: a turn is a part of a read")
+        if value is not None and any(kind.columns_per_adc is None for kind in info.data.get("crossbars", ())):
+            raise constraint("nothing where a crossbar type has no columns_per_adc")
         return value
 
     @field_validator("hierarchy")

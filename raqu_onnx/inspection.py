@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from raqu_onnx.annotations import MAPPED, mapped_nodes, unmapped_nodes
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import naming_model
 from raqu_onnx.hardware import Chip, load_chip
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
@@ -19,10 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import onnx
-    import onnx_ir as ir
 
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.mapping import UnmappedNode
 
 __all__ = ["Inspection", "NodeTiling", "inspect", "place_anyway"]
@@ -38,6 +44,7 @@ class NodeTiling:
         cells: Cells that its weights program.
         utilization: Programmed cells over cells of those crossbars.
         crossbar_type: Name of their type, or names separated by commas.
+        cycles: Cycles of one inference at 8-bit activations, None where its MVMs are open.
     """
 
     node: MappedNode
@@ -45,6 +52,7 @@ class NodeTiling:
     cells: int
     utilization: float
     crossbar_type: str
+    cycles: int | None
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,13 @@ class Inspection:
         chip: The chip.
         weight_bits: The width.
         nodes: Every mapped node, one node per crossbar.
-        unmapped: Nodes that stay in float, with reasons.
+        unmapped: Nodes that multiply by weights and are not mapped, with reasons.
+        others: Nodes of all other types, which the chip's digital units compute: how many by type, most first.
         exclusive: All nodes placed with one node per crossbar.
         packed: All nodes placed as the chip allows.
         fits: The packed placement stays within the chip's counts.
+        exclusive_cost: Cycles, energy, area and writes of `exclusive`, at 8-bit activations.
+        packed_cost: The same of `packed`.
     """
 
     chip: Chip
@@ -68,6 +79,9 @@ class Inspection:
     exclusive: Placement
     packed: Placement
     fits: bool
+    exclusive_cost: CostEntry
+    packed_cost: CostEntry
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 def inspect(
@@ -99,15 +113,29 @@ def inspect(
     matrices = {node.name: Matrix.of(node.layout, weight_bits) for node in nodes}
     packed, fits = place_anyway(matrices, hardware, hardware.sharing)
     exclusive, _ = place_anyway(matrices, hardware, "exclusive")
+    flow = Flow(*execution_order(loaded, matrices))
+    mvms = {node.name: node.mvms for node in nodes}
+    alone, together = (placement_cost(p, mvms, dict.fromkeys(mvms, MAX_BITS), flow) for p in (exclusive, packed))
     return Inspection(
         chip=hardware,
         weight_bits=weight_bits,
-        nodes=tuple(_alone(nodes, exclusive)),
+        nodes=tuple(_alone(nodes, exclusive, alone.cycles)),
         unmapped=tuple(unmapped_nodes(loaded)),
         exclusive=exclusive,
         packed=packed,
         fits=fits,
+        others=_others(loaded),
+        exclusive_cost=alone.total,
+        packed_cost=together.total,
     )
+
+
+def _others(model: ir.Model) -> dict[str, int]:
+    listed = {node.name for node in mapped_nodes(model)} | {item.name for item in unmapped_nodes(model)}
+    found = Counter(
+        node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.name not in listed
+    )
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def place_anyway(
@@ -134,7 +162,7 @@ def place_anyway(
         return free, False
 
 
-def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTiling]:
+def _alone(nodes: Sequence[MappedNode], exclusive: Placement, cycles: Mapping[str, int | None]) -> Iterator[NodeTiling]:
     slots: dict[str, set[tuple[int, int]]] = {node.name: set() for node in nodes}
     for block in exclusive.blocks:
         slots[block.node].add((block.crossbar_type, block.crossbar))
@@ -145,4 +173,5 @@ def _alone(nodes: Sequence[MappedNode], exclusive: Placement) -> Iterator[NodeTi
         taken = [shapes[kind] for kind, _ in slots[node.name]]
         crossbars = sum(shape.encoding.arrays_per_placement for shape in taken)
         names = ",".join(exclusive.chip.crossbars[kind].name for kind in kinds)
-        yield NodeTiling(node, crossbars, cells, cells / sum(shape.cells for shape in taken), names)
+        used = cells / sum(shape.cells for shape in taken)
+        yield NodeTiling(node, crossbars, cells, used, names, cycles[node.name])

@@ -7,6 +7,9 @@ How a backend runs a node from it: each vector of K input codes is cut into the 
 its `rows`; each bitline of `cols` gives a sum; the table in `encodings` says which slice of which kernel it is; slices
 are shifted, signed and added, the offset times the sum of the inputs is subtracted, and the results of all placements
 that hold a piece of the same kernel are added.
+
+Each replica of a node holds the whole node, so that any one of them gives the result of an MVM. With several partitions
+the chip is programmed for one after the other; crossbar numbers then go on from partition to partition.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
@@ -24,6 +27,7 @@ from raqu_onnx.hardware import Chip, Sharing
 from raqu_onnx.manifest_entries import (
     ActivationEntry,
     CellSlice,
+    CostEntry,
     CrossbarTotal,
     DataProvenance,
     EncodingEntry,
@@ -31,6 +35,7 @@ from raqu_onnx.manifest_entries import (
     MatrixEntry,
     ModelFile,
     NodeEntry,
+    PartitionEntry,
     PlacementEntry,
     Ratio,
     StageEntry,
@@ -47,6 +52,7 @@ __all__ = [
     "VERSION",
     "ActivationEntry",
     "CellSlice",
+    "CostEntry",
     "CrossbarTotal",
     "DataProvenance",
     "EncodingEntry",
@@ -55,6 +61,7 @@ __all__ = [
     "ModelFile",
     "NodeEntry",
     "ParsedManifest",
+    "PartitionEntry",
     "PlacementEntry",
     "Ratio",
     "SchemaError",
@@ -96,6 +103,9 @@ class Manifest(Entry):
     encodings: tuple[EncodingEntry, ...] = Field(description="one for each crossbar type in use")
     nodes: tuple[NodeEntry, ...]
     stages: tuple[StageEntry, ...]
+    partitions: Annotated[tuple[PartitionEntry, ...], Field(min_length=1)] = Field(
+        description="one where all is on the chip at once"
+    )
     unmapped: tuple[UnmappedEntry, ...]
     totals: Totals
 

@@ -34,6 +34,7 @@ from raqu_onnx.manifest import (
 )
 from raqu_onnx.manifest_stages import assign_turns, stage_entries
 from raqu_onnx.manifest_view import ManifestView, flip_runs, to_ranges
+from raqu_onnx.model_cost import manifest_cost, placement_parts, with_costs
 from raqu_onnx.tiling import ColumnOrder, column_order
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.encodings import Encoding
     from raqu_onnx.layout import LayoutKind, MappedNode
-    from raqu_onnx.manifest_entries import MappedOp
+    from raqu_onnx.manifest_entries import CostEntry, MappedOp
     from raqu_onnx.mapping import UnmappedNode
     from raqu_onnx.placement import PlacedBlock, Placement
     from raqu_onnx.quantized import EmittedNames, QuantizedNode
@@ -108,6 +109,8 @@ def build_manifest(context: ManifestContext) -> Manifest:
     nodes = tuple(
         _node(item, context.emitted[item.node.name], blocks[item.node.name], placement) for item in context.quantized
     )
+    stages = stage_entries(context.order, context.predecessors, nodes, placement)
+    cost = manifest_cost(placement.chip, nodes, stages, placement_parts(placement))
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
@@ -123,11 +126,12 @@ def build_manifest(context: ManifestContext) -> Manifest:
         sharing=placement.sharing,
         encodings=_encodings(context),
         nodes=nodes,
-        stages=stage_entries(context.order, context.predecessors, nodes, placement.blocks),
+        stages=with_costs(stages, cost),
+        partitions=cost.parts,
         unmapped=tuple(
             UnmappedEntry(name=item.name, op_type=item.op_type, reason=item.reason) for item in context.unmapped
         ),
-        totals=_totals(placement, nodes),
+        totals=_totals(placement, nodes, cost.total),
     )
     return (_with_flips(manifest, context) if placement.chip.flip else manifest).sealed()
 
@@ -233,9 +237,16 @@ def _node(item: QuantizedNode, names: EmittedNames, blocks: Sequence[PlacedBlock
         scales=tuple(_shortest(scale) for scale in item.scales),
         kernel_order=_kernel_order(kernel_bits),
         dropped_kernels=to_ranges(np.flatnonzero(item.bits == 0)),
-        rows_not_stored=(),
+        rows_not_stored=_rows_not_stored(item),
         placements=tuple(_placements(kernel_bits, blocks, placement.geometries)),
     )
+
+
+def _rows_not_stored(item: QuantizedNode) -> tuple[tuple[int, int, int], ...]:
+    if item.stored is None:
+        return ()
+    missing = (to_ranges(np.flatnonzero(~rows)) for rows in item.stored)
+    return tuple((group, first, last) for group, ranges in enumerate(missing) for first, last in ranges)
 
 
 def _shortest(value: np.float32) -> float:
@@ -292,7 +303,7 @@ def _placements(
     turns = assign_turns(blocks)
     # All types that a node lies on have cells of the same bits, so that its columns are the same on each.
     orders: dict[bytes, ColumnOrder] = {}
-    sums: dict[tuple[int, tuple[int, int]], int] = {}
+    sums: dict[tuple[int, int, tuple[int, int]], int] = {}
     for placed, turn in zip(blocks, turns, strict=True):
         block, geometry = placed.block, geometries[placed.crossbar_type]
         key = bits[block.group].tobytes()
@@ -316,8 +327,8 @@ def _placements(
                 kernels=(low, high),
                 first_slice=block.columns[0] - int(starts[low]),
                 unit_column=last_col - 1 if geometry.unit_column else None,
-                replica=0,
-                partial_sum=sums.setdefault((block.group, block.columns), len(sums)),
+                replica=placed.replica,
+                partial_sum=sums.setdefault((placed.replica, block.group, block.columns), len(sums)),
                 turn=turn,
                 flipped=(),
             )
@@ -341,7 +352,7 @@ def _with_flips(manifest: Manifest, context: ManifestContext) -> Manifest:
 # -------------------------------------------------------------------------------------------------- totals
 
 
-def _totals(placement: Placement, nodes: Sequence[NodeEntry]) -> Totals:
+def _totals(placement: Placement, nodes: Sequence[NodeEntry], cost: CostEntry) -> Totals:
     return Totals(
         crossbars=tuple(
             CrossbarTotal(name=kind.name, allocated=allocated, count=kind.count)
@@ -353,4 +364,5 @@ def _totals(placement: Placement, nodes: Sequence[NodeEntry]) -> Totals:
         lower_bound_cells=placement.lower_bound_cells,
         placements=sum(len(node.placements) for node in nodes),
         dropped_kernels=sum(int(np.count_nonzero(m.bits == 0)) for m in placement.matrices.values()),
+        cost=cost,
     )

@@ -11,6 +11,7 @@ from raqu_onnx.encodings import Polarity, SignedEncoding
 __all__ = [
     "ActivationEntry",
     "CellSlice",
+    "CostEntry",
     "CrossbarTotal",
     "DataProvenance",
     "EncodingEntry",
@@ -19,6 +20,7 @@ __all__ = [
     "MatrixEntry",
     "ModelFile",
     "NodeEntry",
+    "PartitionEntry",
     "PlacementEntry",
     "Ratio",
     "Sha256",
@@ -37,6 +39,7 @@ Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
 Signed = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
 Step = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Range = Annotated[tuple[Whole, Whole], Field(description="half-open range: first, last + 1")]
+Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MappedOp = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 Bits = Annotated[int, Field(ge=0, le=8)]
@@ -159,7 +162,10 @@ class PlacementEntry(Entry):
     """A rectangle of one group's matrix in one physical crossbar."""
 
     type: Whole = Field(description="index into chip.crossbars")
-    crossbar: Whole = Field(description="number of the physical array among those of its type")
+    crossbar: Whole = Field(
+        description="number of the physical array among those of its type; with several partitions, "
+        "partitions.crossbars says which array a number stands for"
+    )
     polarity: Polarity | None = Field(description="with arrays in pairs: which of the pair; else null")
     group: Whole
     rows: Range = Field(description="wordlines of the crossbar")
@@ -218,15 +224,37 @@ class StageEntry(Entry):
     """When a node computes; stages are listed in a valid order."""
 
     node: str
+    partition: Whole = Field(description="index into partitions: the node computes while that one is on the chip")
     after: tuple[str, ...] = Field(description="the nearest mapped nodes that it depends on")
     turns: Whole = Field(description="turns that one MVM takes because blocks of the node share rows or columns")
     shares_with: tuple[str, ...] = Field(
         description="other nodes with blocks in the same rows or columns: never in the same cycle as this one"
     )
+    cycles: Whole | None = Field(description="of one inference; null where MVMs or activation bits are unknown")
+    start: Whole | None = Field(
+        description="cycle within every interval of the pipeline, see totals.cost, at which it starts; null likewise"
+    )
+    energy_pj: Energy | None = Field(description="of one inference in crossbars, DACs and ADCs; null where unknown")
+
+
+class PartitionEntry(Entry):
+    """Consecutive stages that are on the chip together; partitions are programmed one after the other."""
+
+    nodes: tuple[str, ...] = Field(description="in the order of stages")
+    crossbars: tuple[Range, ...] = Field(
+        description="by crossbar type: the crossbar numbers of the partition's placements; number n stands for the "
+        "physical array n - first"
+    )
+    latency_cycles: Whole | None = Field(description="one inference alone, from the first to the last of these stages")
+    interval_cycles: Whole | None = Field(description="from one inference to the next through these stages")
+    write_cells: Whole = Field(description="cells that are programmed")
+    write_rows: Whole = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: Energy | None = Field(description="time for it, null where the chip gives no figure")
+    write_energy_pj: Energy | None = Field(description="energy for it, null likewise")
 
 
 class UnmappedEntry(Entry):
-    """A node that could have been mapped and stays in float."""
+    """A node that could have been mapped and stays as it is: in float, or as another tool quantized it."""
 
     name: str
     op_type: str
@@ -244,8 +272,41 @@ class CrossbarTotal(Entry):
     """Crossbars of one type."""
 
     name: str
-    allocated: Whole = Field(description="physical arrays in use, numbered from 0")
+    allocated: Whole = Field(description="physical arrays in use, numbered from 0; summed over partitions")
     count: Positive | None = Field(description="physical arrays on the chip; null: as many as needed")
+
+
+class CostEntry(Entry):
+    """What the crossbars with their DACs and ADCs cost; digital units, buffers and wires between them do not count.
+
+    With several partitions, cycles and writes are sums over them: inferences pass through one partition after the
+    other, and none of the cycles is spent on programming.
+    """
+
+    cycle: Literal["array-read", "column-turn"] = Field(
+        description="what a cycle is: one read of an array with one input bit-slice, or one turn of its columns at the "
+        "ADCs"
+    )
+    cycle_ns: Step | None = Field(description="its length; null where the chip gives none")
+    latency_cycles: Whole | None = Field(
+        description="one inference alone: stages after each other or in parallel, as data and shared crossbars allow"
+    )
+    critical_path: tuple[str, ...] = Field(
+        description="stages that decide it, each waiting for the result or the crossbars of the one before"
+    )
+    interval_cycles: Whole | None = Field(
+        description="from one inference to the next when they overlap: every stage computes once in it, at its start"
+    )
+    pipeline_latency_cycles: Whole | None = Field(description="one inference in that pipeline, from start to end")
+    energy_pj: Energy | None = Field(description="of one inference")
+    area_um2: Energy | None = Field(description="of all crossbars in use")
+    write_cells: Whole = Field(description="cells that are programmed once before the first inference")
+    write_rows: Whole = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: Energy | None = Field(description="time for it: wordline by wordline, all crossbars at once")
+    write_energy_pj: Energy | None = Field(description="energy for it")
+    missing: dict[Literal["cycles", "time", "energy", "area", "write_time", "write_energy"], tuple[str, ...]] = Field(
+        description="for each figure that is null, what the chip or the model does not give"
+    )
 
 
 class Totals(Entry):
@@ -263,3 +324,4 @@ class Totals(Entry):
     )
     placements: Whole
     dropped_kernels: Whole = Field(description="over all groups of all nodes")
+    cost: CostEntry

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.manifest_entries import NodeEntry
-    from raqu_onnx.placement import PlacedBlock
+    from raqu_onnx.placement import PlacedBlock, Placement
 
-__all__ = ["assign_turns", "clashes", "execution_order", "stage_entries"]
+__all__ = ["assign_turns", "clashes", "execution_order", "rivals_of", "stage_entries"]
 
 
 def execution_order(model: ir.Model, names: Iterable[str]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
@@ -82,31 +82,36 @@ def stage_entries(
     order: Sequence[str],
     predecessors: Mapping[str, Sequence[str]],
     nodes: Sequence[NodeEntry],
-    blocks: Sequence[PlacedBlock],
+    placement: Placement,
 ) -> tuple[StageEntry, ...]:
-    """One stage per mapped node.
+    """One stage per mapped node, without its costs.
 
     Args:
         order: Names of the mapped nodes in a valid order of execution.
         predecessors: The nearest mapped nodes that each depends on.
         nodes: Their entries, with turns assigned.
-        blocks: Where everything lies.
+        placement: Where everything lies.
     """
-    rivals = _rivals(blocks)
+    rivals = rivals_of(placement.blocks)
+    part = {name: index for index, partition in enumerate(placement.parts) for name in partition.nodes}
     turns = {node.name: max((p.turn + 1 for p in node.placements), default=0) for node in nodes}
     rank = {name: index for index, name in enumerate(order)}
     return tuple(
         StageEntry(
             node=name,
+            partition=part[name],
             after=tuple(predecessors.get(name, ())),
             turns=turns[name],
             shares_with=tuple(sorted(rivals.get(name, ()), key=rank.__getitem__)),
+            cycles=None,
+            start=None,
+            energy_pj=None,
         )
         for name in order
     )
 
 
-def _rivals(blocks: Sequence[PlacedBlock]) -> dict[str, set[str]]:
+def rivals_of(blocks: Sequence[PlacedBlock]) -> dict[str, set[str]]:
     """Nodes with blocks in the same rows or columns of a crossbar as a node."""
     by_crossbar: dict[tuple[int, int], list[PlacedBlock]] = {}
     for placed in blocks:

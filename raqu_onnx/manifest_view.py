@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raqu_onnx.layout import WeightLayout
+from raqu_onnx.layout import MappedNode, WeightLayout, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,6 +30,7 @@ __all__ = [
     "flip_mask",
     "flip_runs",
     "layout_of",
+    "mapped_node_of",
     "to_ranges",
 ]
 
@@ -68,6 +69,22 @@ def flip_mask(runs: Sequence[int], length: int) -> NDArray[np.bool_]:
 def layout_of(matrix: MatrixEntry) -> WeightLayout:
     """The weight layout that a manifest describes."""
     return WeightLayout(matrix.kind, matrix.shape, matrix.groups)
+
+
+def mapped_node_of(entry: NodeEntry) -> MappedNode:
+    """The node as the manifest describes it; its float weight and bias have no name there."""
+    return MappedNode(
+        name=entry.name,
+        op_type=entry.op_type,
+        input_name="" if entry.activation is None else entry.activation.tensor,
+        weight_name=entry.weight,
+        bias_name=None,
+        output_name=entry.output,
+        layout=layout_of(entry.matrix),
+        window=None if entry.window is None else Window(**entry.window.model_dump()),
+        input_transposed=entry.input_transposed,
+        constant_left=entry.constant_left,
+    )
 
 
 @dataclass(frozen=True)

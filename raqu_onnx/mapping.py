@@ -34,7 +34,7 @@ _OTHER_OPS = {
 
 @dataclass(frozen=True)
 class UnmappedNode:
-    """A node of a mappable type that stays in float.
+    """A node that multiplies by weights and stays as it is: in float, or as another tool quantized it.
 
     Attributes:
         name: Node name.

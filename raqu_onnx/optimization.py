@@ -10,12 +10,17 @@ import numpy as np
 import onnx_ir as ir
 
 from raqu_onnx.annotations import (
+    COST,
+    CYCLES,
     EMITTED,
     KEPT,
+    NO_COPIES,
+    PARTITIONS,
     PLACEMENT,
     QUANTIZED,
     QUANTIZER,
     SEARCH,
+    SINGLE,
     VALIDATION,
     NodeBits,
     mapped_nodes,
@@ -27,6 +32,8 @@ from raqu_onnx.errors import CheckError, naming_model
 from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model, model_digest, save_model
 from raqu_onnx.output import check_output, staged_folder
 from raqu_onnx.passes.tidy import TidyPass
@@ -47,6 +54,8 @@ if TYPE_CHECKING:
     from raqu_onnx.data import DataSource
     from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Sharing
+    from raqu_onnx.manifest_entries import CostEntry
+    from raqu_onnx.placement import Placement
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
@@ -169,23 +178,29 @@ class _Run:
             save_model(model, staging / MODEL_FILE)
         figures, levels = self._figures(model, before)
         placement = PLACEMENT.get(model)
+        single = SINGLE.get(model) or placement
         result = OptimizeResult(
             output=folder,
             figures=figures,
             search=SEARCH.get(model),
             validation=validation,
             levels=levels,
-            lower_bound=None if placement is None else placement.lower_bound,
-            gap=None if placement is None else placement.gap,
+            cycles=CYCLES.get(model) or {},
+            partitions=PARTITIONS.get(model) or (),
+            lower_bound=None if single is None else single.lower_bound,
+            gap=None if single is None else single.gap,
+            replicas={} if placement is None else placement.replicas,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
             warnings=(
                 *self.data.warnings,
                 *(self.data.label_warnings(figures[0]) if figures else ()),
                 *saturation_warning(_saturating(model)),
+                *([f"no copies: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),
             bits=_bits_by_node(model),
             data=self.data.summary(),
+            method=self.settings.method,
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
         )
         self._write_report(result)
@@ -211,21 +226,23 @@ class _Run:
                 judge.reference_score,
             )
         ]  # fmt: skip
-        rows += _baseline_rows(found, judge, quantizer, self.resources.chip)
+        rows += _baseline_rows(found, judge, quantizer, self.resources.chip, _flow(model, quantizer))
         levels = judge.levels(self.resources.folder / MODEL_FILE)
         weights, activations = _mean_bits(model)
-        rows.append(
+        rows += [
             Figures(
-                "ours",
+                label,
                 weights,
                 activations,
-                placement.crossbars,
-                placement.cell_utilization,
-                placement.bit_utilization,
+                placed.crossbars,
+                placed.cell_utilization,
+                placed.bit_utilization,
                 None if found is None else found.chosen.score,
                 levels.get("enable-all"),
+                COST.get(model) if placed is placement else _cost_of_ours(model, placed),
             )
-        )
+            for label, placed in _ours(model, placement)
+        ]
         return tuple(rows), levels
 
 
@@ -283,7 +300,26 @@ def _tidied(model: ir.Model, exclude: tuple[str, ...]) -> ir.Model:
     return tidied
 
 
-def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip) -> list[Figures]:
+def _flow(model: ir.Model, quantizer: ModelQuantizer) -> Flow:
+    return Flow(*execution_order(model, quantizer.sources))
+
+
+def _ours(model: ir.Model, placement: Placement) -> list[tuple[str, Placement]]:
+    """What is written, and before it the same weights without copies where there are any."""
+    single = SINGLE.get(model)
+    return [*([] if single is None else [("ours, one copy", single)]), ("ours", placement)]
+
+
+def _cost_of_ours(model: ir.Model, placement: Placement) -> CostEntry:
+    quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
+    mvms = {item.node.name: item.node.mvms for item in quantized}
+    inputs = {item.node.name: None if item.activation is None else item.activation.bits for item in quantized}
+    return placement_cost(placement, mvms, inputs, Flow(*execution_order(model, mvms))).total
+
+
+def _baseline_rows(
+    found: SearchResult | None, judge: _Judge, quantizer: ModelQuantizer, chip: Chip, flow: Flow
+) -> list[Figures]:
     if found is None or not found.baselines:
         return []
     baselines = [found.baselines[0]]
@@ -293,12 +329,15 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
     modes: tuple[tuple[str, Sharing], ...] = (("unpacked", "exclusive"), ("packed", chip.sharing))
     for item in baselines:
         kind = "best uniform" if item is found.best_uniform else "uniform"
-        others = set(item.bits.weights) - {item.weight_bits}
+        others = set(item.bits.by_node.values()) - {item.weight_bits}
         but = f", kept at {max(others)}" if others else ""
         evaluation = judge.uniform(item)
         sources = zip(quantizer.sources.items(), item.bits.weights, strict=True)
         matrices = {name: Matrix.of(source.node.layout, bits) for (name, source), bits in sources}
         weights = sum(m.weight_bits for m in matrices.values()) / sum(m.rows * m.bits.size for m in matrices.values())
+        mvms = {name: source.node.mvms for name, source in quantizer.sources.items()}
+        activations = item.bits.activations or (None,) * len(matrices)
+        inputs = dict(zip(quantizer.sources, activations, strict=True))
         for label, mode in modes:
             placed, _ = place_anyway(matrices, chip, mode)
             rows.append(
@@ -311,6 +350,7 @@ def _baseline_rows(found: SearchResult | None, judge: _Judge, quantizer: ModelQu
                     placed.bit_utilization,
                     item.score,
                     evaluation,
+                    placement_cost(placed, mvms, inputs, flow).total,
                 )
             )
     return rows
@@ -340,7 +380,7 @@ def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:
 def _mean_bits(model: ir.Model) -> tuple[float, float | None]:
     """Mean bits per weight, and mean bits of the inputs of mapped nodes."""
     quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
-    sizes = [Matrix.of(item.node.layout, item.bits) for item in quantized]
+    sizes = [item.matrix() for item in quantized]
     weights = sum(matrix.weight_bits for matrix in sizes) / sum(matrix.rows * matrix.bits.size for matrix in sizes)
     activations = [item.activation.bits for item in quantized if item.activation is not None]
     return weights, sum(activations) / len(activations) if activations else None

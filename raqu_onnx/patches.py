@@ -12,22 +12,23 @@ if TYPE_CHECKING:
 
     from raqu_onnx.layout import MappedNode, Window
 
-__all__ = ["input_vectors", "output_vectors"]
+__all__ = ["from_output_vectors", "input_vectors", "output_vectors"]
 
 
-def input_vectors(node: MappedNode, x: NDArray[Any], *, limit: int | None = None) -> NDArray[Any]:
+def input_vectors(node: MappedNode, x: NDArray[Any], *, limit: int | None = None, fill: int = 0) -> NDArray[Any]:
     """Cut a node's input into the vectors of its MVMs.
 
     Args:
         node: The mapped node.
-        x: Its input as ONNX defines it, padding not yet applied; padded positions become 0.
+        x: Its input as ONNX defines it, padding not yet applied.
         limit: Keep at most about this many vectors, evenly spread over samples and positions.
+        fill: What stands in padded positions, and between the samples of a ConvTranspose: the code of 0.
 
     Returns:
         Shape (P, G, K): P vectors for each of G groups, rows in the order of `WeightLayout.to_matrices`.
     """
     if node.window is not None:
-        return _windows(node, node.window, x, limit)
+        return _windows(node, node.window, x, limit, fill)
     if node.constant_left:
         rows = np.moveaxis(x, -2, -1).reshape(-1, node.layout.rows)
     else:
@@ -54,19 +55,54 @@ def output_vectors(node: MappedNode, y: NDArray[Any], *, limit: int | None = Non
     return np.asarray(flat[_spread(len(flat), limit)])
 
 
+def from_output_vectors(node: MappedNode, vectors: NDArray[Any], input_shape: tuple[int, ...]) -> NDArray[Any]:
+    """Inverse of `output_vectors` without a limit.
+
+    Args:
+        node: The mapped node.
+        vectors: Results of all MVMs, shape (P, G, M).
+        input_shape: Shape of the node's input.
+
+    Returns:
+        The node's output as ONNX defines it.
+    """
+    kernels = node.layout.groups * node.layout.kernels
+    if node.window is not None:
+        sizes = _output_sizes(node.window, input_shape[2:])
+        return np.moveaxis(vectors.reshape(input_shape[0], *sizes, kernels), -1, 1)
+    if node.constant_left:
+        return np.moveaxis(vectors.reshape(*input_shape[:-2], input_shape[-1], kernels), -1, -2)
+    outer = input_shape[1:] if node.input_transposed else input_shape[:-1]
+    return vectors.reshape(*outer, kernels)
+
+
+def _output_sizes(window: Window, sizes: tuple[int, ...]) -> list[int]:
+    """Spatial sizes of an output."""
+    found = []
+    pads = _transpose_pads(window, sizes) if window.transposed else _conv_pads(window, sizes)
+    for axis, (size, (before, after)) in enumerate(zip(sizes, pads, strict=True)):
+        reach = (window.kernel[axis] - 1) * window.dilations[axis] + 1
+        if window.transposed:
+            extra = window.output_padding[axis]
+            found.append((size - 1) * window.strides[axis] + reach + extra - before - after)
+        else:
+            found.append((size + before + after - reach) // window.strides[axis] + 1)
+    return found
+
+
 def _spread(total: int, limit: int | None) -> NDArray[np.int64]:
     if limit is None or total <= limit:
         return np.arange(total)
     return np.linspace(0, total - 1, max(1, limit)).astype(np.int64)
 
 
-def _windows(node: MappedNode, window: Window, x: NDArray[Any], limit: int | None) -> NDArray[Any]:
+def _windows(node: MappedNode, window: Window, x: NDArray[Any], limit: int | None, fill: int) -> NDArray[Any]:
     rank = len(window.kernel)
     if window.transposed:
-        padded = _zero_stuffed(window, x)
+        padded = _zero_stuffed(window, x, fill)
         strides = (1,) * rank
     else:
-        padded = np.pad(x, [(0, 0), (0, 0), *_conv_pads(window, x.shape[2:])])
+        padded = np.pad(x, [(0, 0), (0, 0), *_conv_pads(window, x.shape[2:])], constant_values=fill)
         strides = window.strides
     extent = tuple((k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True))
     axes = tuple(range(2, 2 + rank))
@@ -97,10 +133,11 @@ def _conv_pads(window: Window, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(zip(window.pads[:rank], window.pads[rank:], strict=True))
 
 
-def _zero_stuffed(window: Window, x: NDArray[Any]) -> NDArray[Any]:
+def _zero_stuffed(window: Window, x: NDArray[Any], fill: int) -> NDArray[Any]:
     """Input of the convolution that equals a ConvTranspose: zeros between samples, then padding or cropping."""
     sizes = x.shape[2:]
-    stuffed = np.zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(sizes, window.strides, strict=True))), x.dtype)
+    shape = (*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(sizes, window.strides, strict=True)))
+    stuffed = np.full(shape, fill, x.dtype)
     stuffed[(slice(None), slice(None), *(slice(None, None, s) for s in window.strides))] = x
     widths: list[tuple[int, int]] = [(0, 0), (0, 0)]
     crop: list[slice] = [slice(None), slice(None)]
@@ -112,7 +149,7 @@ def _zero_stuffed(window: Window, x: NDArray[Any]) -> NDArray[Any]:
         low, high = reach - before, reach - after + extra
         widths.append((max(0, low), max(0, high)))
         crop.append(slice(max(0, -low), -max(0, -high) or None))
-    return np.pad(stuffed, widths)[tuple(crop)]
+    return np.pad(stuffed, widths, constant_values=fill)[tuple(crop)]
 
 
 def _transpose_pads(window: Window, sizes: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.memory import release_freed
+from raqu_onnx.partitioning import require_parts, without_counts
 from raqu_onnx.passes import PASSES
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
@@ -29,6 +30,7 @@ from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
 from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
+from raqu_onnx.replication import require_budget
 from raqu_onnx.search import no_progress
 from raqu_onnx.weights import FIT_PARTS, METHOD_PARTS
 
@@ -101,11 +103,13 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
     """Passes of a whole run, in order."""
     chip = resources.chip
     bits, activation_bits = config.search_settings.widest
+    # What a kernel's own width costs is told by the second moments of what drives it.
+    kernels = config.search_settings.group is not None and not config.search_settings.is_uniform
     return [
         # Constants folded, BatchNormalization gone, every node named, shapes known.
         TidyPass(exclude=config.exclude),
         # Which nodes crossbars compute, why others stay in float, and which keep 8 bits.
-        AnnotateTilingPass(exclude=config.exclude, keep=config.keep),
+        AnnotateTilingPass(exclude=config.exclude, keep=config.keep, input_bits=config.input_bits),
         # Channels scaled so that they use the codes of their activations equally.
         *([_equalize(config, resources)] if config.equalize else []),
         # Ranges and second moments of the inputs of those nodes.
@@ -113,12 +117,12 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             resources.calibration,
             batch_size=config.batch_size,
             threads=config.threads,
-            moments=config.weight_method != "nearest",
-            pairs=config.weight_method == "gptq",
+            moments=config.weight_method != "nearest" or kernels,
+            pairs=config.weight_method == "gptq" or (kernels and config.weight_method == "sequential"),
         ),
         # Bits of every node, judged on data that calibration has not seen.
         SearchBitsPass(
-            chip,
+            chip if config.partitions is None else without_counts(chip),
             resources.selection,
             config.goal,
             config.search_settings,
@@ -144,7 +148,13 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # The integers written into the graph.
         InsertQDQPass(),
         # A place for every block of weights.
-        PlaceCrossbarsPass(chip, method=config.placement, max_crossbars=config.max_crossbars),
+        PlaceCrossbarsPass(
+            chip,
+            replicate=config.replicate,
+            partitions=config.partitions,
+            method=config.placement,
+            max_crossbars=config.max_crossbars,
+        ),
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,
@@ -199,6 +209,9 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
         ConfigError: A pass or an option is unknown, a value has the wrong type, or settings contradict each other.
     """
     _require_parts(config)
+    _require_effect(config)
+    require_budget(config.replicate, resources.chip, float_inputs=config.activation_bits is None)
+    require_parts(config.partitions, config.replicate)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
         defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}
@@ -223,6 +236,24 @@ def _require_parts(config: OptimizeConfig) -> None:
             raise ConfigError(
                 f"--fit-without: weight method {config.weight_method} has no part {part!r}; its parts are: {named}"
             )
+
+
+def _require_effect(config: OptimizeConfig) -> None:
+    """Make sure that no setting is given that another one leaves without effect.
+
+    A value that is the default cannot be told from none: configurations that were written down give all of them.
+    """
+    defaults = type(config).model_fields
+    if config.weight_method != "sequential" and config.fit_samples != defaults["fit_samples"].default:
+        on = "no samples" if config.weight_method == "nearest" else "statistics of all calibration samples"
+        raise ConfigError(
+            f"--fit-samples: weight method {config.weight_method} fits on {on}; leave it out, or use `--weight-method "
+            "sequential`"
+        )
+    if config.activation_bits is None and config.input_bits != defaults["input_bits"].default:
+        raise ConfigError(
+            "--input-bits: with `--activation-bits float` the model's own inputs stay float too; leave one of them out"
+        )
 
 
 def _require_known(option: str, wanted: Iterable[str], passes: Iterable[ir.passes.PassBase]) -> None:

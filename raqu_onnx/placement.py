@@ -25,6 +25,7 @@ PlacementMethod = Literal["fast", "exact"]
 
 __all__ = [
     "DoesNotFitError",
+    "Partition",
     "PlacedBlock",
     "Placement",
     "PlacementMethod",
@@ -46,6 +47,7 @@ class PlacedBlock:
         crossbar: Index of the placement slot among those of its type; a slot is a crossbar, or a pair of them.
         row: First wordline.
         col: First bitline.
+        replica: Copy of the node that it belongs to.
     """
 
     node: str
@@ -54,6 +56,22 @@ class PlacedBlock:
     crossbar: int
     row: int
     col: int
+    replica: int = 0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Nodes that are on the chip together, where they are programmed part after part.
+
+    Attributes:
+        nodes: Their names.
+        first: Number of the part's first slot, by crossbar type; the chip's first slot of that type holds it.
+        slots: Slots that the part opens, by crossbar type.
+    """
+
+    nodes: tuple[str, ...]
+    first: tuple[int, ...]
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,8 @@ class Placement:
         sharing: The sharing mode that it was made for.
         matrices: Weights by node name.
         blocks: Every block, in the order of nodes.
-        slots: Slots opened per crossbar type.
+        slots: Slots opened per crossbar type, over all partitions.
+        partitions: Parts that are programmed one after the other; empty where all is on the chip at once.
     """
 
     chip: Chip
@@ -73,6 +92,12 @@ class Placement:
     matrices: Mapping[str, Matrix]
     blocks: tuple[PlacedBlock, ...]
     slots: tuple[int, ...]
+    partitions: tuple[Partition, ...] = ()
+
+    @cached_property
+    def parts(self) -> tuple[Partition, ...]:
+        """The partitions; all as one where there are none."""
+        return self.partitions or (Partition(tuple(self.matrices), (0,) * len(self.slots), self.slots),)
 
     @cached_property
     def geometries(self) -> tuple[ArrayGeometry, ...]:
@@ -88,8 +113,16 @@ class Placement:
         return {node: tuple(sorted(types)) for node, types in found.items()}
 
     @cached_property
+    def replicas(self) -> dict[str, int]:
+        """Copies of each node."""
+        found = dict.fromkeys(self.matrices, 1)
+        for placed in self.blocks:
+            found[placed.node] = max(found[placed.node], placed.replica + 1)
+        return found
+
+    @cached_property
     def crossbars_by_type(self) -> tuple[int, ...]:
-        """Physical crossbars allocated per type."""
+        """Physical crossbars allocated per type, over all partitions."""
         return tuple(n * g.encoding.arrays_per_placement for n, g in zip(self.slots, self.geometries, strict=True))
 
     @property
@@ -109,18 +142,18 @@ class Placement:
 
     @cached_property
     def programmed_cells(self) -> int:
-        """Cells that hold weights; unit columns and padding do not count."""
+        """Cells that hold weights, in all copies; unit columns and padding do not count."""
         types = self.types_by_node
         return sum(
-            matrix.cells(self.geometries[types[name][0]].encoding)
+            self.replicas[name] * matrix.cells(self.geometries[types[name][0]].encoding)
             for name, matrix in self.matrices.items()
             if name in types
         )
 
     @cached_property
     def weight_bits(self) -> int:
-        """`sum(K * b_k)` over all kernels."""
-        return sum(matrix.weight_bits for matrix in self.matrices.values())
+        """`sum(K * b_k)` over all kernels, in all copies."""
+        return sum(self.replicas[name] * matrix.weight_bits for name, matrix in self.matrices.items())
 
     @property
     def cell_utilization(self) -> float:
@@ -134,16 +167,17 @@ class Placement:
 
     @cached_property
     def lower_bound(self) -> int:
-        """Fewest crossbars that any placement of these weights could use on this chip under this sharing.
+        """Fewest crossbars that any placement of these weights, copies included, could use under this sharing.
 
-        Where the placement uses more than the chip has, the bound leaves the chip's counts out too.
+        Where the placement uses more than the chip has, or its parts are programmed one after the other, the bound
+        leaves the chip's counts out too.
         """
-        return fewest_crossbars(list(self.matrices.values()), self.geometries, self._counts, self.sharing)
+        return fewest_crossbars(*self._bounded)
 
     @cached_property
     def lower_bound_cells(self) -> int:
         """Fewest cells of allocated crossbars, in the same way."""
-        return fewest_cells(list(self.matrices.values()), self.geometries, self._counts, self.sharing)
+        return fewest_cells(*self._bounded)
 
     @property
     def gap(self) -> float:
@@ -154,11 +188,14 @@ class Placement:
         return self.allocated_cells / self.lower_bound_cells - 1 if self.lower_bound_cells else 0.0
 
     @property
-    def _counts(self) -> list[int | None]:
+    def _bounded(self) -> tuple[list[Matrix], tuple[ArrayGeometry, ...], list[int | None], Sharing, list[int]]:
+        """What the bounds ask for."""
         counts = [kind.count for kind in self.chip.crossbars]
-        if any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True)):
-            return [None] * len(counts)
-        return counts
+        over = any(have is not None and used > have for used, have in zip(self.crossbars_by_type, counts, strict=True))
+        if over or len(self.partitions) > 1:
+            counts = [None] * len(counts)
+        copies = [self.replicas[name] for name in self.matrices]
+        return list(self.matrices.values()), self.geometries, counts, self.sharing, copies
 
 
 def geometries(chip: Chip) -> tuple[ArrayGeometry, ...]:
@@ -291,7 +328,7 @@ def lower_bound(
     counts: Sequence[int | None],
     sharing: Sharing = "time",
 ) -> int:
-    """Fewest crossbars that could hold the weights, see `raqu_onnx.bounds`.
+    """Fewest crossbars that could hold the weights, one copy of each, see `raqu_onnx.bounds`.
 
     Raises:
         DoesNotFitError: Several types together have fewer cells than the weights.

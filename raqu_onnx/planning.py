@@ -13,12 +13,14 @@ from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
 from raqu_onnx.model_io import load_model
 from raqu_onnx.output import check_output
+from raqu_onnx.partitioning import without_counts
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.pipeline import Resources, build_pipeline
 from raqu_onnx.results import describe_goal
 from raqu_onnx.run_data import describe, open_run_data
 from raqu_onnx.search import check_room
+from raqu_onnx.shortage import shortage
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from raqu_onnx.config import OptimizeConfig
     from raqu_onnx.placement import Placement
+    from raqu_onnx.run_data import RunData
+    from raqu_onnx.search import NodeWidth
 
 __all__ = ["plan"]
 
@@ -49,9 +53,9 @@ def plan(
         data = open_run_data(loaded, config)
         passes = build_pipeline(config, Resources(chip, data.calibration, data.selection, Path()))
         tidied = TidyPass(exclude=config.exclude)(loaded).model
-        AnnotateTilingPass(config.exclude, config.keep)(tidied)
+        AnnotateTilingPass(config.exclude, config.keep, config.input_bits)(tidied)
     kept = _kept(tidied)
-    _require_room(tidied, chip, config, kept)
+    _require_room(tidied, chip if config.partitions is None else without_counts(chip), config, kept)
     nodes = mapped_nodes(tidied)
     return {
         "mapped_nodes": len(nodes),
@@ -59,13 +63,20 @@ def plan(
         "chip": chip.name,
         "uniform_8_bit_crossbars": _place(tidied, chip, (MAX_BITS,) * len(nodes))[0].crossbars,
         "calibration": describe(data.calibration),
-        "selection": describe(data.selection),
+        "selection": _selection(data, config),
         "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
         "widths": _widths(config, [nodes[position].name or "" for position in sorted(kept)]),
+        "method": " ".join(config.method) or "the default",
         "goal": describe_goal(config.goal, fixed=config.search_settings.is_uniform),
         "passes": [str(getattr(item, "name", item)) for item in passes],
         "warnings": list(data.warnings),
     }
+
+
+def _selection(data: RunData, config: OptimizeConfig) -> str:
+    if data.selection is data.calibration and config.search_settings.is_uniform:
+        return "none: the widths are fixed, and figures are of the calibration data"
+    return describe(data.selection)
 
 
 def _kept(model: ir.Model) -> frozenset[int]:
@@ -74,7 +85,7 @@ def _kept(model: ir.Model) -> frozenset[int]:
 
 
 def _place(
-    model: ir.Model, chip: Chip, widths: Sequence[int], max_crossbars: int | None = None
+    model: ir.Model, chip: Chip, widths: Sequence[NodeWidth], max_crossbars: int | None = None
 ) -> tuple[Placement, bool]:
     nodes = [MAPPED.require(node) for node in mapped_nodes(model)]
     matrices = {node.name: Matrix.of(node.layout, bits) for node, bits in zip(nodes, widths, strict=True)}
@@ -88,9 +99,13 @@ def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: fro
         DoesNotFitError: They do not.
     """
     settings = replace(config.search_settings, kept=kept)
+    if settings.drops:
+        # How many kernels can go is known only when their losses are.
+        return
     smallest = settings.bits(len(mapped_nodes(model)), settings.weight_bits[0], None).weights
     placed, fits = _place(model, chip, smallest, config.max_crossbars)
-    check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits)
+    short = shortage(chip, placed.crossbars_by_type)
+    check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits, short=short)
 
 
 def _widths(config: OptimizeConfig, kept: Sequence[str]) -> str:

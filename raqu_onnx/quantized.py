@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.tiling import Matrix
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -59,6 +61,7 @@ class QuantizedNode:
         bias: INT32 bias codes in steps of `activation.scale * scales`, shape (output channels,), or None.
         float_bias: Bias in real units for a node whose activation stays float, shape (output channels,), or None.
         activation: Quantizer of the node's input, None where it stays float.
+        stored: Rows that crossbars store, shape (G, K); codes of the others are 0, as are their inputs. None for all.
     """
 
     node: MappedNode
@@ -68,6 +71,11 @@ class QuantizedNode:
     bias: NDArray[np.int32] | None
     float_bias: NDArray[np.float32] | None
     activation: ActivationQuantizer | None
+    stored: NDArray[np.bool_] | None = None
+
+    def matrix(self) -> Matrix:
+        """The node as the mapping sees it."""
+        return Matrix.of(self.node.layout, self.bits, None if self.stored is None else self.stored.sum(axis=1))
 
     def weight(self) -> NDArray[np.float32]:
         """The dequantized weight in the shape of the ONNX tensor."""

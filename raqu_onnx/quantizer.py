@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.annotations import NodeBits
+from raqu_onnx.dropping import Pruned
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.quantized import ActivationQuantizer, QuantizedNode
 from raqu_onnx.ranges import activation_quantizer
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from raqu_onnx.annotations import NodeBits
     from raqu_onnx.data import Dataset
+    from raqu_onnx.dropping import DropRules
     from raqu_onnx.encodings import SignedEncoding
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.ranges import RangeMethod
@@ -90,11 +92,13 @@ class ModelQuantizer:
         sources: The nodes by name, in graph order.
         scheme: The chip's signed encoding, which sets the ranges of weight codes.
         settings: How.
+        rules: What follows from dropped kernels; without them every row is stored.
     """
 
     sources: Mapping[str, NodeSource]
     scheme: SignedEncoding
     settings: QuantizerSettings = field(default_factory=QuantizerSettings)
+    rules: DropRules | None = None
     _sequential: SequentialQuantizer | None = field(default=None, repr=False)
     _fitters: dict[str, WeightFitter] = field(default_factory=dict, repr=False)
     _fits: dict[tuple[str, bytes], FittedWeights] = field(default_factory=dict, repr=False)
@@ -119,29 +123,45 @@ class ModelQuantizer:
         )
 
     def quantize_model(self, bits: Mapping[str, NodeBits]) -> dict[str, QuantizedNode]:
-        """All nodes at the widths given by name."""
+        """All nodes at the widths given by name, with what follows from dropped kernels."""
+        pruned = self.pruned(bits)
+        found = {name: NodeBits(tuple(pruned.bits[name].tolist()), bits[name].activation) for name in self.sources}
         if self._sequential is not None:
-            return self._sequential.quantize(bits)
-        return {name: self.quantize(name, bits[name]) for name in self.sources}
+            return self._sequential.quantize(found, pruned.stored)
+        return {name: self.quantize(name, found[name], pruned.stored.get(name)) for name in self.sources}
 
-    def quantize(self, name: str, bits: NodeBits) -> QuantizedNode:
-        """Codes, scales and bias of one node at the given widths."""
+    def pruned(self, bits: Mapping[str, NodeBits]) -> Pruned:
+        """Widths per entry of each scale axis and stored rows, with what follows from dropped kernels."""
+        widths = {name: bits[name].channel_bits(item.node.layout.channels) for name, item in self.sources.items()}
+        return Pruned(widths, {}) if self.rules is None else self.rules.apply(widths)
+
+    def quantize(self, name: str, bits: NodeBits, stored: NDArray[np.bool_] | None = None) -> QuantizedNode:
+        """Codes, scales and bias of one node at the given widths, with all rows stored or some, shape (G, K)."""
         widths = bits.channel_bits(self.sources[name].node.layout.channels)
-        return self._assemble(name, bits, self.fit(name, widths))
+        if stored is None:
+            return self._assemble(name, bits, self.fit(name, widths))
+        return self._assemble(name, bits, self._new_fitter(self.sources[name], stored=stored).fit(widths), stored)
 
-    def quantize_to(self, name: str, bits: NodeBits, target: Target) -> QuantizedNode:
+    def quantize_to(
+        self, name: str, bits: NodeBits, target: Target, stored: NDArray[np.bool_] | None = None
+    ) -> QuantizedNode:
         """Like `quantize`, with weights fitted to the inputs that really arrive; not remembered."""
         widths = bits.channel_bits(self.sources[name].node.layout.channels)
-        return self._assemble(name, bits, self._new_fitter(self.sources[name], target).fit(widths))
+        fit = self._new_fitter(self.sources[name], target, stored=stored).fit(widths)
+        return self._assemble(name, bits, fit, stored)
 
-    def fit_to(self, name: str, bits: NodeBits, target: Target) -> FittedWeights:
+    def fit_to(
+        self, name: str, bits: NodeBits, target: Target, stored: NDArray[np.bool_] | None = None
+    ) -> FittedWeights:
         """Weights alone, rounded once: quick, to compare targets."""
         widths = bits.channel_bits(self.sources[name].node.layout.channels)
         plainer: tuple[FitPart, ...] = ("refit", "polish")
         quick = self.without.union(plainer)
-        return self._new_fitter(self.sources[name], target, quick).fit(widths)
+        return self._new_fitter(self.sources[name], target, quick, stored).fit(widths)
 
-    def _assemble(self, name: str, bits: NodeBits, fit: FittedWeights) -> QuantizedNode:
+    def _assemble(
+        self, name: str, bits: NodeBits, fit: FittedWeights, stored: NDArray[np.bool_] | None = None
+    ) -> QuantizedNode:
         source = self.sources[name]
         widths = bits.channel_bits(source.node.layout.channels)
         activation = None if bits.activation is None else self.activation(name, bits.activation)
@@ -154,6 +174,7 @@ class ModelQuantizer:
             bias=None,
             float_bias=bias,
             activation=activation,
+            stored=stored,
         )
         if activation is None or bias is None:
             return quantized
@@ -195,7 +216,11 @@ class ModelQuantizer:
         return found
 
     def _new_fitter(
-        self, source: NodeSource, target: Target | None = None, without: frozenset[FitPart] | None = None
+        self,
+        source: NodeSource,
+        target: Target | None = None,
+        without: frozenset[FitPart] | None = None,
+        stored: NDArray[np.bool_] | None = None,
     ) -> WeightFitter:
         return WeightFitter(
             source.node,
@@ -207,6 +232,7 @@ class ModelQuantizer:
             scale_floor=self._scale_floor(source),
             target=target,
             without=self.without if without is None else without,
+            stored=stored,
         )
 
     def absorbs_mean(self, source: NodeSource) -> bool:

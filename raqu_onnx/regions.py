@@ -75,15 +75,15 @@ def cut_regions(
         Type and block, or None where a kernel is too wide for all of them.
     """
     found: list[tuple[int, Block]] = []
-    plans: dict[bytes, list[tuple[int, _Span, _Span]] | None] = {}
+    plans: dict[tuple[int, bytes], list[tuple[int, _Span, _Span]] | None] = {}
     encoding, unit = shapes[kinds[0]].encoding, int(shapes[kinds[0]].unit_column)
-    for group in range(matrix.groups):
-        key = matrix.bits[group].tobytes()
+    for group, rows_stored in enumerate(matrix.row_counts.tolist()):
+        key = rows_stored, matrix.bits[group].tobytes()
         if key not in plans:
             edges = borders(matrix.bits[group], shapes[kinds[0]])
             # Groups of one node lie corner to corner in any case.
             cost = _cost(shapes, shared=shared or matrix.groups > 1)
-            plans[key] = _Planner(shapes, kinds, edges, cost).plan(matrix.rows)
+            plans[key] = _Planner(shapes, kinds, edges, cost).plan(rows_stored)
         plan = plans[key]
         if plan is None:
             return None

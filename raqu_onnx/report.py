@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raqu_onnx.manifest_entries import CostEntry
+
 __all__ = [
     "VERSION",
     "DataReport",
@@ -17,6 +19,7 @@ __all__ = [
     "FrontReport",
     "GoalReport",
     "KeptReport",
+    "PartitionReport",
     "Report",
     "ScoreReport",
     "UnmappedReport",
@@ -63,6 +66,7 @@ class DataReport(_Part):
     samples: int | None = Field(description="samples, null for a stream that was not read to its end")
     labels: bool = Field(description="it has labels")
     synthetic: bool = Field(description="it is generated, not real")
+    fitted: bool = Field(description="ranges and weights were fitted to it, so that scores on it are too good")
 
 
 class FiguresReport(_Part):
@@ -74,10 +78,14 @@ class FiguresReport(_Part):
     crossbars: int | None = Field(description="crossbars allocated, null for float")
     cell_utilization: float | None = Field(description="programmed weight cells over cells of allocated crossbars")
     bit_utilization: float | None = Field(description="weight bits over bits of the cells of allocated crossbars")
-    selection: ScoreReport | None = Field(description="score on the data that widths were chosen on")
+    selection: ScoreReport | None = Field(
+        description="score on the data that widths were chosen on; where widths are fixed and no selection data is "
+        "given, on the calibration data"
+    )
     evaluation: ScoreReport | None = Field(
         description="score on data that neither calibration nor search has seen, null without such data"
     )
+    cost: CostEntry | None = Field(description="cycles, energy, area and writes, null for float")
 
 
 class WidthsReport(_Part):
@@ -95,13 +103,13 @@ class FrontReport(_Part):
         description="what the search minimizes: top-1 error where there are labels, plus KL (or noise over signal)"
     )
     score: ScoreReport = Field(description="on the selection data")
-    weights: list[int] = Field(description="weight bits, in the order of `nodes`")
+    weights: list[float] = Field(description="mean weight bits per kernel, in the order of `nodes`")
     activations: list[int] | None = Field(description="activation bits, in the same order")
     origin: str = Field(description="what proposed it")
 
 
 class UnmappedReport(_Part):
-    """A node of a type that crossbars compute and that was left in float."""
+    """A node of a type that crossbars compute and that stays as it is: in float, or as another tool quantized it."""
 
     name: str
     op_type: str
@@ -113,6 +121,19 @@ class KeptReport(_Part):
 
     name: str
     pattern: str = Field(description="the pattern of `keep` that asked for it")
+
+
+class PartitionReport(_Part):
+    """Nodes that are on the chip together."""
+
+    nodes: list[str] = Field(description="in the order of execution")
+    crossbars: list[tuple[int, int]] = Field(description="half-open range of the manifest's crossbar numbers, by type")
+    latency_cycles: int | None = Field(description="one inference alone, through these nodes")
+    interval_cycles: int | None = Field(description="from one inference to the next, through these nodes")
+    write_cells: int = Field(description="cells that are programmed")
+    write_rows: int = Field(description="wordlines to program in the crossbar that has most of them")
+    write_ns: float | None = Field(description="time for it, null where the chip gives no figure")
+    write_energy_pj: float | None = Field(description="energy for it, null likewise")
 
 
 class Report(_Part):
@@ -127,16 +148,28 @@ class Report(_Part):
     data: dict[Literal["calibration", "selection", "evaluation"], DataReport | None] = Field(
         description="what ranges were measured on, widths were chosen on, and the result is reported on"
     )
-    figures: list[FiguresReport] = Field(description="float first, then baselines, ours last")
+    figures: list[FiguresReport] = Field(
+        description="float first, then baselines, ours last; with copies of nodes, ours with one copy of each before it"
+    )
     levels: dict[str, ScoreReport] = Field(
         description="score of the emitted model on the evaluation data by onnxruntime optimization level"
     )
-    lower_bound: int | None = Field(description="fewest crossbars that any placement of these bits could use")
+    lower_bound: int | None = Field(
+        description="fewest crossbars that any placement of these bits could use, one copy of each node"
+    )
     gap: float | None = Field(
-        description="allocated cells over the fewest that any placement of these bits could take, less 1"
+        description="allocated cells over the fewest that any placement of these bits could take, less 1; one copy of "
+        "each node"
     )
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
+    replicas: dict[str, int] = Field(description="copies on the chip by mapped node")
+    partitions: list[PartitionReport] = Field(
+        description="parts that are programmed one after the other, one where all is on the chip at once"
+    )
+    cycles: dict[str, int | None] = Field(
+        description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
+    )
     front: list[FrontReport] = Field(description="by rising crossbars")
     kept: list[KeptReport]
     unmapped: list[UnmappedReport]

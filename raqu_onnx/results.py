@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raqu_onnx.json_values import finite
 from raqu_onnx.report import VERSION, Report
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raqu_onnx.evaluation import Score
+    from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
@@ -29,12 +32,14 @@ class DataSummary:
         samples: How many, None for a stream that was not read to its end.
         labels: Whether it has labels.
         synthetic: Whether it is generated.
+        fitted: Whether ranges and weights were fitted to it.
     """
 
     name: str
     samples: int | None
     labels: bool
     synthetic: bool
+    fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class Figures:
         crossbars: Crossbars allocated, None for float.
         cell_utilization: Programmed cells over allocated cells.
         bit_utilization: Weight bits over bits of allocated cells.
-        selection: Score on the data that widths were chosen on.
+        selection: Score on the data that widths were chosen on; where widths are fixed and no selection data is given,
+            on the calibration data.
         evaluation: Score on data that neither calibration nor search has seen, None without such data.
+        cost: Cycles, energy, area and writes, None for float.
     """
 
     label: str
@@ -60,6 +67,7 @@ class Figures:
     bit_utilization: float | None
     selection: Score | None
     evaluation: Score | None
+    cost: CostEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -72,15 +80,19 @@ class OptimizeResult:
         search: What was searched and found, None where the pipeline has no search.
         validation: Checks of the written files, None where the pipeline has no check.
         levels: Score of the emitted model on the evaluation data by onnxruntime optimization level.
-        lower_bound: Fewest crossbars that could hold the chosen weights.
-        gap: Allocated cells over their lower bound, less 1.
-        unmapped: Nodes left in float and why, as (name, type, reason).
+        lower_bound: Fewest crossbars that could hold the chosen weights, one copy of each.
+        gap: Allocated cells over their lower bound, less 1, with one copy of each node.
+        unmapped: Nodes that are not on crossbars and why, as (name, type, reason).
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
+        replicas: Copies on the chip by node.
+        partitions: Parts that are programmed one after the other, one where all is on the chip at once.
+        cycles: Cycles of one inference by node, None where its MVMs or input bits are unknown.
         kept: Nodes that kept 8 bits and the pattern that asked for it.
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
             `calibration`, `selection`, `evaluation`.
+        method: Settings of the method that were not the default, as options of the command line.
     """
 
     output: Path | None
@@ -93,9 +105,13 @@ class OptimizeResult:
     warnings: tuple[str, ...]
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    partitions: tuple[PartitionEntry, ...] = ()
+    cycles: Mapping[str, int | None] = field(default_factory=dict)
     kept: tuple[tuple[str, str], ...] = ()
     gap: float | None = None
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
+    method: tuple[str, ...] = ()
 
     @property
     def goal_met(self) -> bool | None:
@@ -129,6 +145,9 @@ class OptimizeResult:
             "gap": self.gap,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
+            "replicas": dict(self.replicas),
+            "partitions": [item.model_dump() for item in self.partitions],
+            "cycles": dict(self.cycles),
             "front": [] if search is None else [_front_json(item) for item in search.front],
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],
             "unmapped": [{"name": n, "op_type": o, "reason": r} for n, o, r in self.unmapped],
@@ -182,7 +201,7 @@ def _front_json(item: Evaluation) -> dict[str, Any]:
         "crossbars": item.crossbars,
         "loss": item.score.loss,
         "score": vars(item.score),
-        "weights": list(item.bits.weights),
+        "weights": [float(np.mean(width)) for width in item.bits.weights],
         "activations": None if item.bits.activations is None else list(item.bits.activations),
         "origin": item.origin,
     }

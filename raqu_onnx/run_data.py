@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RunData", "describe", "open_run_data"]
 
 _SYNTHETIC_SAMPLES = 64
+_FITTED = "the calibration data, which ranges and weights are fitted to"
 # Share of the way from guessing to perfect below which a float model says nothing, and that any useful one has gone.
 _GUESSING, _USEFUL = 0.05, 0.25
 # How likely a useful model may look like a guessing one before it is called that.
@@ -42,6 +43,7 @@ class RunData:
         evaluation: Data that the result is reported on, None without any.
         warnings: What a user must know of them.
         classes: Class scores per sample, as far as the model's outputs tell.
+        fitted: Roles of the data that ranges and weights are fitted to, `calibration` among them.
     """
 
     calibration: Dataset
@@ -49,11 +51,14 @@ class RunData:
     evaluation: Dataset | None
     warnings: tuple[str, ...]
     classes: int | None = None
+    fitted: frozenset[str] = frozenset({"calibration"})
 
     def summary(self) -> dict[str, DataSummary | None]:
         """What is told of each part of the data in results, by its role."""
         parts = {"calibration": self.calibration, "selection": self.selection, "evaluation": self.evaluation}
-        return {role: None if data is None else summary(data) for role, data in parts.items()}
+        return {
+            role: None if data is None else summary(data, fitted=role in self.fitted) for role, data in parts.items()
+        }
 
     def label_warnings(self, float_figures: Figures) -> list[str]:
         """Warnings for labels that cannot be right, or that no output of the model can be held against.
@@ -119,7 +124,8 @@ def open_run_data(
         model: The model that the data feeds.
         settings: Names of data, wherever none is given here.
         calibration: Without any, synthetic inputs are used.
-        selection: Without any, half of the calibration data is set aside.
+        selection: Without any, half of the calibration data is set aside; nothing of it where widths are fixed, whose
+            figures are then of the calibration data.
         evaluation: Data that the result is reported on.
 
     Raises:
@@ -134,6 +140,7 @@ def open_run_data(
         wanted = source if source is not None else configured
         return None if wanted is None else open_dataset(wanted, inputs, pictures=settings.pictures)
 
+    fixed = settings.search_settings.is_uniform
     ranges = opened(calibration, settings.calibration)
     choice = opened(selection, settings.selection)
     report = opened(evaluation, settings.evaluation)
@@ -141,6 +148,9 @@ def open_run_data(
         if classes is not None and item is not None and item.top_label is not None:
             check_label_top(item.name, item.top_label, classes)
     seen = [item.digest for item in (ranges, choice) if item is not None]
+    fitted = {"calibration"}
+    if ranges is not None:
+        fitted |= {role for role, item in (("selection", choice), ("evaluation", report)) if _same(item, ranges)}
     if ranges is None:
         ranges = synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed)
         warnings.append(
@@ -148,22 +158,50 @@ def open_run_data(
             "probably poor; give real inputs with --calibration"
         )
         choice = choice or synthetic_dataset(inputs, _SYNTHETIC_SAMPLES, settings.seed + 1)
+    elif choice is None and (fixed or not searching):
+        fitted.add("selection")  # Nothing is chosen on it: what would be set aside serves better to calibrate.
     elif not searching:
-        choice = choice or ranges
+        pass
     elif choice is None:
         ranges, choice = split(ranges, 0.5, settings.seed)
         warnings.append(
             f"no selection data: widths are chosen on half of {ranges.name}, which calibration then does not see"
         )
     elif choice.digest == ranges.digest:
-        warnings.append("selection data is the calibration data: widths are chosen on what weights are fitted to")
-    if report is None and searching:
-        warnings.append("no evaluation data: figures are of the selection data, on which widths were chosen")
-    elif report is None:
-        warnings.append("no evaluation data: how good the result is stays unknown; give data with --eval")
+        what = "figures are of" if fixed else "widths are chosen on"
+        warnings.append(f"selection data is the calibration data: {what} what weights are fitted to")
+    ranges = take(ranges, settings.calibration_samples)
+    choice = choice or ranges
+    if searching and choice is ranges and settings.goal:
+        warnings.append(f"no selection data: the goal is judged on {ranges.name}, {_FITTED}; give other data")
+    if report is None:
+        warnings.append(_figures_of(choice, searching=searching, fixed=fixed, fitted=choice is ranges))
     elif report.digest in seen:
         warnings.append("evaluation data is the calibration or selection data: its accuracy is too good to be true")
-    return RunData(take(ranges, settings.calibration_samples), choice, report, tuple(warnings), classes)
+    return RunData(ranges, choice, report, tuple(warnings), classes, frozenset(fitted))
+
+
+def _figures_of(choice: Dataset, *, searching: bool, fixed: bool, fitted: bool) -> str:
+    """What figures are of where there is no evaluation data.
+
+    Args:
+        choice: The selection data.
+        searching: It is judged at all.
+        fixed: No widths are chosen on it.
+        fitted: It is the calibration data, for want of other.
+    """
+    if not searching:
+        return "no evaluation data: how good the result is stays unknown; give data with --eval"
+    if fitted:
+        return (
+            f"no evaluation data: figures are of {choice.name}, {_FITTED}, so how good the result is on other data "
+            "stays unknown; give data with --eval"
+        )
+    return "no evaluation data: figures are of the selection data" + ("" if fixed else ", on which widths were chosen")
+
+
+def _same(dataset: Dataset | None, calibration: Dataset) -> bool:
+    return dataset is not None and dataset.digest == calibration.digest
 
 
 def model_classes(model: ir.Model, task: Task = "auto") -> int | None:
@@ -186,9 +224,16 @@ def model_classes(model: ir.Model, task: Task = "auto") -> int | None:
     return size if isinstance(size, int) and size > 1 else None
 
 
-def summary(dataset: Dataset) -> DataSummary:
-    """What is told of a dataset in results."""
-    return DataSummary(dataset.name, dataset.size, labels=dataset.has_labels, synthetic=dataset.synthetic)
+def summary(dataset: Dataset, *, fitted: bool) -> DataSummary:
+    """What is told of a dataset in results.
+
+    Args:
+        dataset: The data.
+        fitted: Ranges and weights are fitted to it.
+    """
+    return DataSummary(
+        dataset.name, dataset.size, labels=dataset.has_labels, synthetic=dataset.synthetic, fitted=fitted
+    )
 
 
 def describe(dataset: Dataset) -> str:

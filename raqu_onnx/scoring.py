@@ -31,6 +31,10 @@ Task = Literal["auto", "classification", "regression"]
 _PIECE = 1 << 20
 
 
+# Of the top-1 error in what the search minimizes.
+_TOP1_WEIGHT = 0.1
+
+
 @dataclass(frozen=True)
 class Score:
     """How good a model is on a dataset.
@@ -51,10 +55,10 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """What the search minimizes: top-1 error where there are labels, plus KL (or noise) to break ties.
+        """What the search minimizes: KL divergence (or noise), plus a tenth of the top-1 error where there are labels.
 
-        Top-1 over a few thousand samples moves in coarse steps; the KL divergence is smooth and tells apart
-        candidates of equal accuracy.
+        Candidates within one budget differ by less than the luck of a few thousand samples moves top-1; the KL
+        divergence tells them apart. A whole point of accuracy still counts.
         """
         if self.kl is not None:
             fidelity = self.kl
@@ -62,7 +66,7 @@ class Score:
             fidelity = 10 ** (-self.sqnr_db / 10)
         else:
             fidelity = 0.0
-        return fidelity + (0.0 if self.top1 is None else 1.0 - self.top1)
+        return fidelity + (0.0 if self.top1 is None else _TOP1_WEIGHT * (1.0 - self.top1))
 
     @property
     def quality(self) -> float:

@@ -109,7 +109,8 @@ class NodeRunner:
     ) -> str | None:
         """What is added to a node's output, if that is all that becomes of it and is known without further nodes."""
         match readers.get(node.output_name, []):
-            case [onnx.NodeProto(op_type="Add", domain="" | "ai.onnx") as add]:
+            # A Sum of two is an Add; one of more has no single partner.
+            case [onnx.NodeProto(op_type="Add" | "Sum", domain="" | "ai.onnx") as add] if len(add.input) == 2:
                 first, second = add.input
             case _:
                 return None

@@ -19,9 +19,14 @@ _OPENING, _CLOSING = "([{", ")]}"
 _NAMED = 3
 
 
-def excluded_reason(pattern: str) -> str:
-    """Why a node that a pattern excludes stays in float."""
-    return f"excluded by the user ({pattern})"
+def excluded_reason(pattern: str, *, quantized: bool = False) -> str:
+    """Why a node that a pattern excludes is not on crossbars.
+
+    Args:
+        pattern: What the user gave.
+        quantized: Another tool quantized the node, which stays as that left it, where others stay in float.
+    """
+    return f"excluded by the user ({pattern})" + (", stays quantized as it was" if quantized else "")
 
 
 def split_patterns(text: str) -> tuple[str, ...]:
@@ -126,7 +131,9 @@ def _found(
     known = [*words, *nodes, *dict.fromkeys(nodes.values())]
     near = get_close_matches(pattern, known, _NAMED)
     advice = f", did you mean {' or '.join(near)}?" if near else ";"
-    raise ConfigError(f"{option}: {pattern!r} matches no node{advice} `raqu-onnx inspect MODEL` lists all nodes")
+    raise ConfigError(
+        f"{option}: {pattern!r} matches no node{advice} `raqu-onnx inspect MODEL` lists those that can be given"
+    )
 
 
 def ends(predecessors: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -119,8 +119,15 @@ class SequentialQuantizer:
             yield self._float_step(step, values)
             _forget(values, step)
 
-    def quantize(self, bits: Mapping[str, NodeBits]) -> dict[str, QuantizedNode]:
-        """Quantize every mapped node at the given widths."""
+    def quantize(
+        self, bits: Mapping[str, NodeBits], stored: Mapping[str, NDArray[np.bool_]] | None = None
+    ) -> dict[str, QuantizedNode]:
+        """Quantize every mapped node at the given widths.
+
+        Args:
+            bits: Widths by node name.
+            stored: Rows that are stored by node name, shape (G, K); a node that is absent stores all.
+        """
         values: Values = dict(self._feeds)
         done: dict[str, QuantizedNode] = {}
         targets = iter(self._kept) if self._kept is not None else self._float_targets()
@@ -135,7 +142,7 @@ class SequentialQuantizer:
             # What is added to the output is quantized too: what is wanted of the node is the rest.
             partner = self._partner(step, values, total)
             wanted = [a if b is None else a - b for a, b in zip(total, partner, strict=True)]
-            quantized = self._fit(name, bits[name], x, wanted)
+            quantized = self._fit(name, bits[name], x, wanted, (stored or {}).get(name))
             done[name] = quantized
             bias = _bias_or_zeros(quantized.real_bias(), step.node) if step.node.op_type != "MatMul" else None
             values[step.node.output_name] = self._runner.run(step, x, quantized.weight(), bias)
@@ -143,23 +150,28 @@ class SequentialQuantizer:
         return done
 
     def _fit(
-        self, name: str, bits: NodeBits, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]]
+        self,
+        name: str,
+        bits: NodeBits,
+        arriving: list[NDArray[Any]],
+        wanted: list[NDArray[Any]],
+        stored: NDArray[np.bool_] | None,
     ) -> QuantizedNode:
         source = self._quantizer.sources[name]
         sums = self._sums(source, arriving, wanted)
         if sums is None:
-            return self._quantizer.quantize(name, bits)
+            return self._quantizer.quantize(name, bits, stored)
         used, held_out = sums
         if held_out is None:
-            return self._quantizer.quantize_to(name, bits, self._target(source, used, self._shrinkage))
+            return self._quantizer.quantize_to(name, bits, self._target(source, used, self._shrinkage), stored)
 
         def fit(shrinkage: Shrinkage) -> FittedWeights:
-            return self._quantizer.fit_to(name, bits, self._target(source, used, shrinkage))
+            return self._quantizer.fit_to(name, bits, self._target(source, used, shrinkage), stored)
 
         channels = source.node.layout.channel_index()
         centred = self._quantizer.absorbs_mean(source)
         shrinkage = choose_shrinkage(fit, used, held_out, channels, self._shrinkage, centred=centred)
-        return self._quantizer.quantize_to(name, bits, self._target(source, used.merged(held_out), shrinkage))
+        return self._quantizer.quantize_to(name, bits, self._target(source, used.merged(held_out), shrinkage), stored)
 
     def _target(self, source: NodeSource, moments: JointMoments, shrinkage: Shrinkage) -> Target:
         weight = source.node.layout.to_matrices(source.weight.astype(np.float64))

@@ -75,30 +75,41 @@ class Matrix:
 
     Attributes:
         groups: `G`.
-        rows: `K`, rows of one group that are stored.
+        rows: `K`, rows of one group.
         bits: Bits of every kernel, shape (G, M); 0 for a dropped one.
+        stored: Rows of each group that are stored, shape (G,); None for all.
     """
 
     groups: int
     rows: int
     bits: NDArray[np.int64]
+    stored: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, layout: WeightLayout, channel_bits: NDArray[np.integer] | int) -> Matrix:
+    def of(
+        cls,
+        layout: WeightLayout,
+        channel_bits: NDArray[np.integer] | int | tuple[int, ...],
+        stored: NDArray[np.int64] | None = None,
+    ) -> Matrix:
         """Matrix of a weight layout with bits per entry of its scale axis, or one width for all."""
         per_channel = np.broadcast_to(np.asarray(channel_bits, np.int64), (layout.channels,))
-        return cls(layout.groups, layout.rows, per_channel[layout.channel_index()])
+        return cls(layout.groups, layout.rows, per_channel[layout.channel_index()], stored)
+
+    @property
+    def row_counts(self) -> NDArray[np.int64]:
+        """Stored rows of each group, shape (G,)."""
+        return np.full(self.groups, self.rows, np.int64) if self.stored is None else self.stored
 
     @property
     def weight_bits(self) -> int:
-        """`sum(K * b_k)`."""
-        return self.rows * int(self.bits.sum())
+        """`sum(K * b_k)` over stored rows."""
+        return int(self.row_counts @ self.bits.sum(axis=1))
 
     def cells(self, encoding: Encoding) -> int:
         """Cells that its weights program."""
-        widths, counts = np.unique(self.bits, return_counts=True)
-        per_row = sum(encoding.cells_per_weight(int(b)) * int(n) for b, n in zip(widths, counts, strict=True))
-        return self.rows * per_row
+        table = np.array([encoding.cells_per_weight(b) for b in range(int(self.bits.max(initial=0)) + 1)], np.int64)
+        return int(self.row_counts @ table[self.bits].sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -164,15 +175,15 @@ def tile(matrix: Matrix, geometry: ArrayGeometry, *, where: str = "matrix") -> l
     """
     if geometry.weight_rows < 1 or geometry.weight_cols < 1:
         raise ChipError(f"{where}: a crossbar of {geometry.rows} x {geometry.cols} cells cannot hold one weight")
-    rows = _cuts(matrix.rows, geometry.weight_rows)
     unit = int(geometry.unit_column)
     blocks: list[Block] = []
     seen: dict[bytes, list[tuple[int, int]]] = {}
-    for group in range(matrix.groups):
+    counts = matrix.row_counts
+    for group in np.flatnonzero(counts).tolist():
         key = matrix.bits[group].tobytes()
         if key not in seen:
             seen[key] = column_cuts(column_order(matrix.bits[group], geometry.encoding), geometry, where)
-        for first, last in rows:
+        for first, last in _cuts(int(counts[group]), geometry.weight_rows):
             height = (last - first) * geometry.encoding.rows_per_weight
             blocks.extend(
                 Block(group, (first, last), columns, height, columns[1] - columns[0] + unit) for columns in seen[key]

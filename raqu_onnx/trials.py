@@ -126,11 +126,10 @@ class Trials:
         spots: list[Spot] = []
         regions: list[Job] = []
         for node in self._nodes:
-            matrix = self._problem.matrix(node)
-            whole = (
-                (group, int(self._problem.edges(self._kinds[0], node, group)[-1])) for group in range(matrix.groups)
-            )
-            regions += [(node, Block(group, (0, matrix.rows), (0, last), 0, 0)) for group, last in whole if last]
+            for group, rows in enumerate(self._problem.matrix(node).row_counts.tolist()):
+                last = int(self._problem.edges(self._kinds[0], node, group)[-1])
+                if rows and last:
+                    regions.append((node, Block(group, (0, rows), (0, last), 0, 0)))
         for kind in self._kinds:
             jobs, regions = regions, []
             for node, block in by_area(list(self._cut(jobs, kind, regions))):

@@ -116,7 +116,8 @@ def bounds_findings(table: PlacementTable, view: ManifestView) -> Iterator[str]:
                 if not first < last <= limit:
                     problem = f"{key} [{first}, {last}] is not a range in 0 to {limit}"
                     break
-            if problem is None and kind.count is not None and p.crossbar >= kind.count:
+            most = None if kind.count is None else kind.count * len(table.manifest.partitions)
+            if problem is None and most is not None and p.crossbar >= most:
                 problem = f"the chip has {kind.count} crossbars of type {kind.name}"
         if problem:
             yield f"{table.where(index)}: {problem}"

@@ -8,20 +8,21 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from raqu_onnx.backend.engines import RecombinedNode, SlicedNode
 from raqu_onnx.cells import block_levels, cell_key, decode_node, flipped_columns
+from raqu_onnx.converters import Adc
 from raqu_onnx.errors import ManifestError, ModelError
 from raqu_onnx.evaluation import make_session
 from raqu_onnx.graph_edit import one_line
-from raqu_onnx.layout import MappedNode, Window
+from raqu_onnx.manifest import ActivationEntry
 from raqu_onnx.manifest_view import flip_runs
-from raqu_onnx.patches import input_vectors
-from raqu_onnx.readout import mvm_from_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
+    from raqu_onnx.backend.engines import Engine
     from raqu_onnx.cells import CellsFile, CellSource
     from raqu_onnx.manifest import Manifest, NodeEntry
     from raqu_onnx.manifest_view import ManifestView
@@ -33,6 +34,8 @@ __all__ = ["cell_array_findings", "flip_findings", "mvm_findings", "stored_code_
 _EXACT = 1 << 24
 # Rows of a Gemm's weight that are widened to float64 at a time.
 _PIECE = 4096
+# What drives a node whose own input stays float: its weights must be right all the same.
+_ANY_INPUT = ActivationEntry(tensor="", scale_name="", zero_point_name="", scale=1.0, zero_point=0, bits=8)
 
 
 def cell_array_findings(manifest: Manifest, view: ManifestView, cells: CellsFile) -> Iterator[str]:
@@ -108,30 +111,42 @@ def mvm_findings(
 ) -> Iterator[str]:
     """MVMs from cells equal the integer convolution of the codes to the last bit, on random and on extreme inputs.
 
-    The other side is onnxruntime's Conv or ConvTranspose on the ONNX tensor and with the ONNX attributes, in float32
-    with inputs cut into bit-slices that keep every sum below 2^24 and so exact; for Gemm and MatMul it is float64.
+    Every replica runs slice by slice, padded with the zero point's code and corrected for it; the recombined slices
+    must give the same. The other side is onnxruntime's Conv or ConvTranspose on the ONNX tensor and with the ONNX
+    attributes, in float32 with inputs cut into bit-slices that keep every sum below 2^24 and so exact; for Gemm and
+    MatMul it is float64.
     """
     for index, (entry, node) in enumerate(emitted.pairs()):
         rng = np.random.default_rng([seed, index])
+        act = entry.activation or _ANY_INPUT
         x = _random_input(entry, rng)
         try:
-            expected = _reference(entry, node, codes[entry.name], x)
+            expected = _reference(entry, node, codes[entry.name], x, act.zero_point)
         except ModelError as error:
             yield f"node {entry.name}: {error}"
             continue
-        vectors = input_vectors(_mapped_node(entry), x)
-        for replica in sorted({placement.replica for placement in entry.placements} or {0}):
-            got = mvm_from_cells(entry, view, cells, vectors, replica=replica)
+        driven = entry.model_copy(update={"activation": act})
+        for how, engine in _engines(view, driven, codes[entry.name], cells):
+            got = engine.sums(x.astype(np.uint8))
             if got.shape != expected.shape:
-                yield f"node {entry.name}: {len(got)} MVMs from cells, onnxruntime gives {len(expected)} positions"
+                yield f"node {entry.name}: output {list(got.shape)} from {how}, {list(expected.shape)} from onnxruntime"
                 continue
             wrong = np.argwhere(got != expected)
             if len(wrong):
-                p, g, m = wrong[0].tolist()
+                at = tuple(wrong[0].tolist())
                 yield (
-                    f"node {entry.name}: {len(wrong)} of {got.size} sums differ, at position {p}, group {g}, kernel "
-                    f"{m} the cells give {got[p, g, m]}, onnxruntime {expected[p, g, m]}"
+                    f"node {entry.name}: {len(wrong)} of {got.size} sums differ, at {list(at)} {how} give "
+                    f"{got[at]:.0f}, onnxruntime {expected[at]}"
                 )
+
+
+def _engines(
+    view: ManifestView, entry: NodeEntry, codes: NDArray[np.int8], cells: CellSource
+) -> Iterator[tuple[str, Engine]]:
+    adc = Adc(None, view.manifest.chip.adc_signed)
+    for replica in sorted({placement.replica for placement in entry.placements} or {0}):
+        yield "the cells", SlicedNode(view, entry, codes, cells, replica=replica, adc=adc)
+    yield "recombined cells", RecombinedNode(view, entry, cells, threads=1)
 
 
 def _random_input(entry: NodeEntry, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -188,38 +203,21 @@ def _large_enough(entry: NodeEntry, sizes: list[int]) -> list[int]:
     ]
 
 
-def _mapped_node(entry: NodeEntry) -> MappedNode:
-    """The node as the manifest describes it."""
-    from raqu_onnx.manifest_view import layout_of
-
-    window = None if entry.window is None else Window(**entry.window.model_dump())
-    return MappedNode(
-        name=entry.name,
-        op_type=entry.op_type,
-        input_name="",
-        weight_name=entry.weight,
-        bias_name=None,
-        output_name=entry.output,
-        layout=layout_of(entry.matrix),
-        window=window,
-        input_transposed=entry.input_transposed,
-        constant_left=entry.constant_left,
-    )
-
-
-def _reference(entry: NodeEntry, node: ir.Node, codes: NDArray[np.int8], x: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What the ONNX operator gives on integer codes, shape (P, G, M); reads no layout."""
+def _reference(
+    entry: NodeEntry, node: ir.Node, codes: NDArray[np.int8], x: NDArray[np.int64], zero_point: int
+) -> NDArray[np.int64]:
+    """What the ONNX operator gives on integer codes minus their zero point; reads no layout."""
     if node.op_type in ("Conv", "ConvTranspose"):
         y = _convolution(node, codes, x)
-        y = np.moveaxis(y, 1, -1)
-    elif node.op_type == "Gemm":
+        # Padding is 0 after the zero point is taken off, so it is taken off where the input is, not at its borders.
+        return y - zero_point * _convolution(node, codes, np.ones_like(x)) if zero_point else y
+    x = x - zero_point
+    if node.op_type == "Gemm":
         trans_a, trans_b = (
             name in node.attributes and node.attributes[name].as_int() == 1 for name in ("transA", "transB")
         )
-        y = _product(x.T if trans_a else x, codes.T if trans_b else codes)
-    else:
-        y = _product(x.T, codes.T) if entry.constant_left else _product(x, codes)
-    return y.reshape(-1, entry.matrix.groups, entry.matrix.kernels)
+        return _product(x.T if trans_a else x, codes.T if trans_b else codes)
+    return _product(x.T, codes.T).T if entry.constant_left else _product(x, codes)
 
 
 def _product(x: NDArray[np.int64], weight: NDArray[np.int8]) -> NDArray[np.int64]:

@@ -113,7 +113,7 @@ class FolderChecks:
         good &= run("node.activation", tables.activation_findings(manifest), nodes)
         good &= run("node.activation-chain", onnx_side.activation_chain_findings(emitted), nodes)
         run("node.mvms", graph_side.mvms_findings(emitted), nodes)
-        run("model.unmapped", graph_side.unmapped_findings(emitted), f"{len(manifest.unmapped)} nodes in float")
+        run("model.unmapped", graph_side.unmapped_findings(emitted), f"{len(manifest.unmapped)} nodes not on crossbars")
         run("stages.order", graph_side.order_findings(emitted), nodes)
         if not good:
             return False
@@ -139,10 +139,13 @@ class FolderChecks:
         run("placement.sharing", mapping.sharing_findings(table), manifest.sharing)
         run("placement.partial-sums", mapping.partial_sum_findings(table), count)
         run("placement.turns", mapping.turn_findings(table), count)
-        run("stages.nodes", totals.stage_findings(manifest, table), f"{len(manifest.stages)} stages")
+        staged = run("stages.nodes", totals.stage_findings(manifest, table), f"{len(manifest.stages)} stages")
         counted = run("totals.crossbars", totals.crossbar_findings(table), _crossbars(manifest))
         if counted:
             run("totals.figures", totals.totals_findings(table, view), _utilization(manifest))
+        parts = f"{len(manifest.partitions)} partition{'s' if len(manifest.partitions) > 1 else ''}"
+        if counted and staged and run("stages.partitions", totals.partition_findings(table), parts):
+            run("totals.cost", totals.cost_findings(manifest), f"{manifest.totals.cost.latency_cycles or '?'} cycles")
         return good
 
     def check_cells(self, emitted: EmittedModel, view: ManifestView) -> None:

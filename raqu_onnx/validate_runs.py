@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raqu_onnx.scoring import Task
     from raqu_onnx.validate_report import Checklist
 
-__all__ = ["LevelRuns"]
+__all__ = ["Comparison", "LevelRuns", "allowed_noise"]
 
 _LEVELS: tuple[Level, ...] = ("disable-all", "enable-all")
 _BATCH = 64
@@ -68,7 +68,7 @@ class LevelRuns:
         exact = bool(self.saturating) and saturates_here()
         sessions = self._sessions(exact=exact)
         runs = {name: _Run(tuple(o.name for o in session.get_outputs())) for name, session in sessions.items()}
-        comparison = _Comparison()
+        comparison = Comparison()
         scorers = _Scorers(self.task, data.name)
         samples = 0
         fast = "exact" if exact else "enable-all"
@@ -205,7 +205,7 @@ class _Difference:
         self.largest = max(self.largest, float(np.abs(a - b).max()))
 
 
-class _Comparison:
+class Comparison:
     """How far all outputs differ between two runs."""
 
     def __init__(self) -> None:

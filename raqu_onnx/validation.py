@@ -6,17 +6,22 @@ from disk, and each rule is checked by its own arithmetic. Then the model runs a
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raqu_onnx.backend.folder import assemble
 from raqu_onnx.cpu import may_saturate, saturation_warning
 from raqu_onnx.data import InputSpec, open_dataset, synthetic_dataset
 from raqu_onnx.errors import DataError, ManifestError, ModelError
 from raqu_onnx.evaluation import default_threads, make_session
-from raqu_onnx.manifest_view import layout_of
+from raqu_onnx.manifest import SchemaError, parse_manifest
+from raqu_onnx.manifest_view import ManifestView, layout_of
 from raqu_onnx.model_io import load_model, model_digest, model_inputs
+from raqu_onnx.validate_backend import check_crossbars
 from raqu_onnx.validate_model import EmittedModel
 from raqu_onnx.validate_phases import CELLS_FILE, MANIFEST_FILE, MODEL_FILE, FolderChecks
 from raqu_onnx.validate_report import Check, Checklist, ValidationReport
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest import Manifest
     from raqu_onnx.scoring import Score, Task
 
-__all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "validate"]
+__all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "task_of", "validate"]
 
 # Generated samples that the model runs on where no data is given.
 _SAMPLES = 4
@@ -66,7 +71,7 @@ def validate(
     for name in (MANIFEST_FILE, MODEL_FILE):
         if not (folder / name).is_file():
             raise ManifestError(f"{folder / name}: is missing; give the folder that optimize wrote")
-    model = load_model(folder / MODEL_FILE, check_weights=False)
+    model = _emitted_model(folder)
     data = None if dataset is None else open_dataset(dataset, model_inputs(model))
     checklist = Checklist()
     manifest = FolderChecks(folder, checklist, seed).run(model)
@@ -84,19 +89,56 @@ def validate(
             threads or default_threads(),
             _smallest_activation(model),
             saturating,
-            _task(manifest),
+            task_of(manifest),
         )
         held_against = None
         if data is not None and reference is not None:
             _require_alike(Path(reference), model)
             held_against = make_session(reference, threads=threads)
         scores = runs.run(feeds, held_against)
+        if sound and manifest is not None and manifest.executable:
+            mapped = assemble(EmittedModel(model, manifest), ManifestView(manifest), _cells(folder), name=str(out_dir))
+            check_crossbars(
+                mapped,
+                folder / MODEL_FILE,
+                feeds,
+                checklist,
+                threads=threads or default_threads(),
+                activation_bits=_smallest_activation(model),
+            )
     return ValidationReport(
         tuple(checklist.checks),
         scores if data is not None else {},
         synthetic=data is None or data.synthetic,
         warnings=tuple(saturation_warning(saturating)),
     )
+
+
+def _emitted_model(folder: Path) -> ir.Model:
+    """The model of the folder.
+
+    Raises:
+        ModelError: It cannot be read; says that it was changed, where its digest is not the manifest's.
+    """
+    path = folder / MODEL_FILE
+    try:
+        return load_model(path, check_weights=False)
+    except ModelError as error:
+        # Of a model with external data the digest is that of several files: the one of the first is another anyhow.
+        with contextlib.suppress(OSError, SchemaError, ManifestError), path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            expected = parse_manifest(folder / MANIFEST_FILE).manifest.model.sha256
+            if found != expected:
+                raise ModelError(
+                    f"{path}: was changed or damaged after it was written: model.sha256 in {MANIFEST_FILE} is "
+                    f"{expected}, the file has {found} ({str(error).removeprefix(f'{path}: ')})"
+                ) from error
+        raise
+
+
+def _cells(folder: Path) -> Path | None:
+    path = folder / CELLS_FILE
+    return path if path.exists() else None
 
 
 def _require_alike(reference: Path, model: ir.Model) -> None:
@@ -151,7 +193,7 @@ def _saturating(emitted: EmittedModel) -> list[str]:
     return names
 
 
-def _task(manifest: Manifest | None) -> Task:
+def task_of(manifest: Manifest | None) -> Task:
     """What the run that wrote the folder took the outputs for."""
     match None if manifest is None else manifest.configuration.get("task"):
         case "classification":

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from raqu_onnx.clipping import clipped_scales
+from raqu_onnx.clipping import ScaleLimits, clipped_scales
 from raqu_onnx.encodings import code_range
 from raqu_onnx.rounding import DAMPING, Rounder
 
@@ -119,6 +119,8 @@ class WeightFitter:
             does not overflow.
         target: Replaces weight and moments by those of the inputs that really arrive.
         without: Parts of the method to leave out.
+        stored: Rows that are stored, shape (G, K), None for all; what arrives at the others is 0, and so are their
+            codes.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class WeightFitter:
         scale_floor: NDArray[np.float64] | None = None,
         target: Target | None = None,
         without: frozenset[FitPart] = frozenset(),
+        stored: NDArray[np.bool_] | None = None,
     ) -> None:
         self._scheme = scheme
         self._without = without
@@ -154,6 +157,8 @@ class WeightFitter:
             self._damping *= max(1.0, node.layout.rows / max(1, moments.count))
         if not absorb_mean:
             self._mean = self._output_mean = None
+        if stored is not None:
+            self._leave_out(~stored)
         self._method = method if self._second is not None or method == "nearest" else "mse"
         self._rounder: Rounder | None = None
 
@@ -176,6 +181,16 @@ class WeightFitter:
             shift = self._output_mean - np.einsum("gkm,gk->gm", rounded, self._mean)
         difference = np.subtract(self._weight, rounded, out=rounded)
         return FittedWeights(stored, scales, shift, self._error(difference))
+
+    def _leave_out(self, rows: NDArray[np.bool_]) -> None:
+        """Rows that nothing arrives at: no weight, no moments. What they gave to the mean output stays wanted."""
+        self._weight = np.where(rows[:, :, None], 0.0, self._weight)
+        if self._second is not None:
+            self._second = np.where(rows[:, :, None] if self._second.ndim == 3 else rows, 0.0, self._second)
+            if self._second.ndim == 3:
+                self._second = np.where(rows[:, None, :], 0.0, self._second)
+        if self._mean is not None:
+            self._mean = np.where(rows, 0.0, self._mean)
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +220,8 @@ class WeightFitter:
         ordinary = float(np.median(full[positive])) if positive.any() else 2.0**-10
         scale = np.where(positive & (high > 0), full, ordinary)
         if self._method != "nearest":
-            scale = clipped_scales(self._weight, self._power(), kernels, scale, self._floor, low, high)
+            limits = ScaleLimits(self._floor, low, high)
+            scale = clipped_scales(self._weight, self._power(), kernels, scale, limits)
         return np.maximum(scale, self._floor).astype(np.float32)
 
     def _codes(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import scipy.linalg  # noqa: F401 - it has a BLAS of its own, which a limit reaches once it is loaded
 from onnx import TensorProto, helper, numpy_helper
+from threadpoolctl import threadpool_limits
 
 from raqu_onnx.cli import main
+
+# Modules of helpers that assert: what is wrong is shown in full, as in the tests themselves.
+pytest.register_assert_rewrite(
+    "model_files", "onnx_texts", "qdq_models", "result_folders", "segment_models", "sequential_cases"
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Products of small matrices are slower in several threads, and sums depend on how many there are."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -124,6 +139,28 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _small_files: dic
         (folder / name).write_bytes(content)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sound result folders by kind, which tests must not change."""
+    from result_folders import ISAAC, PAIRS, small_chip, write_folder
+
+    root = tmp_path_factory.mktemp("sound")
+    folders = {ISAAC: root / "isaac", PAIRS: root / "pairs"}
+    write_folder(folders[ISAAC], small_chip("offset", offset_sum="unit-column", flip=True))
+    write_folder(folders[PAIRS], small_chip("differential-column", polarity_arrays="pair"))
+    return folders
+
+
+@pytest.fixture
+def folder(sound: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Gives a copy of a sound result folder to be damaged."""
+
+    def fresh(kind: str) -> Path:
+        return Path(shutil.copytree(sound[kind], tmp_path / "out"))
+
+    return fresh
 
 
 @dataclass(frozen=True)

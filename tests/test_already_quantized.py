@@ -144,8 +144,16 @@ def test_a_model_quantized_in_part_keeps_what_is_excluded(
         assert sqnr(run(path, feeds), run(tmp_path / "out" / "model.onnx", feeds, level)) > 25
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     listed = {item["name"]: item["reason"] for item in manifest["unmapped"]}
-    assert listed == {name: f"excluded by the user ({name})" for name in advice}
+    assert listed == {name: f"excluded by the user ({name}), stays quantized as it was" for name in advice}
     assert {item.name for item in raqu_onnx.inspect(path, exclude=advice).unmapped} == set(advice)
+
+
+def test_an_excluded_node_is_said_to_be_what_it_is(cli: Callable[..., Any], make: Make) -> None:
+    ran = cli("inspect", make("qoperator", "conv1", "conv2"), "--exclude", "fc_quant", "--exclude", "conv2")
+    assert ran.code == 0, ran.err
+    assert "not on crossbars: fc_quant (QGemm): excluded by the user (fc_quant), stays quantized as it was\n" in ran.out
+    assert "not on crossbars: conv2 (Conv): excluded by the user (conv2)\n" in ran.out
+    assert "float" not in ran.out
 
 
 def _assert_untouched(before: onnx.ModelProto, after: onnx.ModelProto, floating: list[str]) -> None:

@@ -250,7 +250,11 @@ def test_every_encoding_and_sharing(
     assert ours.crossbars is not None
     assert ours.cell_utilization is not None
     assert ours.bit_utilization is not None
-    assert 0 < ours.bit_utilization <= ours.cell_utilization <= 1
+    assert 0 < ours.bit_utilization <= 1
+    assert 0 < ours.cell_utilization <= 1
+    if len(chip.crossbars) == 1:
+        # Where types hold different bits per cell, the two shares weigh them differently.
+        assert ours.bit_utilization <= ours.cell_utilization
 
 
 @pytest.mark.parametrize("name", builtin_chips())
@@ -275,6 +279,6 @@ def test_a_chip_without_room_is_told(small_net: Net, small_data: Data) -> None:
         dac_bits=1,
         crossbars=(CrossbarType(name="main", rows=16, cols=16, cell_bits=2, count=1),),
     )
-    for config in (FAST, UNIFORM):
+    for config in (FAST.model_copy(update={"drop": False}), UNIFORM):
         with pytest.raises(DoesNotFitError, match="one"):
             optimize(small_net(), calibration=small_data(), chip=chip, config=config)

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
-from threadpoolctl import threadpool_limits
+from tensors import normal
 
 from raqu_onnx.annotations import HISTOGRAM, MAPPED, MOMENTS, QUANTIZER, NodeBits, mapped_nodes
 from raqu_onnx.data import Batch, Dataset, open_dataset, take
@@ -31,19 +31,9 @@ from raqu_onnx.simulation import Simulator
 from raqu_onnx.statistics import Histogram, InputMoments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def mapped_model(text: str, **weights: np.ndarray) -> ir.Model:

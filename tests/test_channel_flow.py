@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from tensors import normal
 
 from raqu_onnx.annotations import MAPPED, mapped_nodes
 from raqu_onnx.channel_flow import ChannelFlow, Reader, channel_flows
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Weights = Mapping[str, Sequence[int] | np.ndarray]
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def mapped_model(text: str, weights: Weights, opset: int = 18) -> ir.Model:

@@ -141,7 +141,7 @@ def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
     assert "COMMAND" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["optimize", "inspect", "validate", "demo", "hw", "passes", "manifest"])
+@pytest.mark.parametrize("command", ["optimize", "inspect", "validate", "simulate", "demo", "hw", "passes", "manifest"])
 def test_every_command_has_help_in_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

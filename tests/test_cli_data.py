@@ -168,6 +168,55 @@ def test_without_a_search_nothing_is_said_of_widths_chosen(cli: Cli, workspace: 
     assert "half of" in cli("optimize", "model.onnx", "--calibration", "calibration.npz", "--dry-run", "-o", "o").err
 
 
+FIXED = ("optimize", "model.onnx", "--hw", "chip.toml", "--calibration", "calibration.npz", "--weight-bits", "8")
+
+
+def test_fixed_widths_calibrate_on_all_data_and_say_that_figures_are_of_it(cli: Cli, workspace: Path) -> None:
+    ran = cli(*FIXED)
+    assert ran.code == 0, ran.err
+    assert "half" not in ran.err
+    assert "figures are of calibration.npz, the calibration data, which ranges and weights are fitted to" in ran.err
+    assert "; on calibration.npz (48 samples), the calibration data, which ranges and weights were fitted to" in ran.out
+    assert "chosen" not in ran.out
+    manifest = json.loads((workspace / "model-raqu" / "manifest.json").read_text())
+    assert manifest["calibration"]["samples"] == 48
+    report = json.loads((workspace / "model-raqu" / "report.json").read_text())
+    assert {role: data and data["fitted"] for role, data in report["data"].items()} == {
+        "calibration": True, "selection": True, "evaluation": None,
+    }  # fmt: skip
+
+
+def test_a_goal_of_fixed_widths_names_the_calibration_data(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    ran = cli(*FIXED, "--max-accuracy-drop", "100", "--eval", "eval.npz")
+    assert "the goal is judged on calibration.npz, the calibration data" in ran.err
+    assert "on calibration.npz (48 samples), the calibration data)" in ran.out
+    assert "no evaluation data" not in ran.err
+    assert (
+        "goal is judged" not in cli(*FIXED, "--max-accuracy-drop", "100", "--selection", "selection.npz", "--force").err
+    )
+
+
+def test_selection_data_of_fixed_widths_is_called_that(cli: Cli, workspace: Path) -> None:
+    ran = cli(*FIXED, "--selection", "selection.npz")
+    assert "; on selection.npz (48 samples), the selection data" in ran.out
+    assert "chosen" not in ran.out + ran.err
+    report = json.loads((workspace / "model-raqu" / "report.json").read_text())
+    assert report["data"]["selection"]["fitted"] is False
+    same = cli(*FIXED, "--selection", "calibration.npz", "--force")
+    assert "figures are of what weights are fitted to" in same.err
+
+
+def test_a_search_still_chooses_on_what_calibration_does_not_see(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    dry = cli(*FIXED[:-1], "2-8", "--dry-run")
+    assert "selection    calibration.npz, 24 samples" in dry.out
+    dry = cli(*FIXED, "--dry-run")
+    assert "calibration  calibration.npz, 48 samples" in dry.out
+    assert "selection    none: the widths are fixed, and figures are of the calibration data" in dry.out
+    assert "# selection: the calibration data, as the widths are fixed" in cli(*FIXED, "--show-config").out
+
+
 # -------------------------------------------------------------------------------------------------------- validate
 
 

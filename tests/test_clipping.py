@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raqu_onnx.clipping import clipped_scales
+from raqu_onnx.clipping import ScaleLimits, clipped_scales
 
 SHARES = np.linspace(1.0, 0.2, 41)
 
@@ -53,7 +53,7 @@ def test_no_share_is_better(
 ) -> None:
     weight, power, members, full, low, high = problem(groups, rows, kernels, bits, shared, seed, size)
     full = np.where(full > 0, full, size)
-    scales = clipped_scales(weight, power, members, full, np.zeros(len(full)), low, high)
+    scales = clipped_scales(weight, power, members, full, ScaleLimits(np.zeros(len(full)), low, high))
     found = weighted_errors(weight, power, members, scales, low, high)
     trials = [weighted_errors(weight, power, members, full * share, low, high) for share in SHARES]
     scale_of_errors = (power[np.divmod(members, weight.shape[2])[0]].max((1, 2)) + 1e-300) * full**2
@@ -63,23 +63,25 @@ def test_no_share_is_better(
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, power, members, full, low, high = problem(2, 30, 8, 3, False, 5)
-    whole = clipped_scales(weight, power, members, full, np.zeros(16), low, high)
+    whole = clipped_scales(weight, power, members, full, ScaleLimits(np.zeros(16), low, high))
     monkeypatch.setattr("raqu_onnx.clipping._BLOCK", 1)
-    np.testing.assert_array_equal(clipped_scales(weight, power, members, full, np.zeros(16), low, high), whole)
+    np.testing.assert_array_equal(
+        clipped_scales(weight, power, members, full, ScaleLimits(np.zeros(16), low, high)), whole
+    )
     assert (whole < full).any()
 
 
 def test_the_floor_holds_and_is_what_errors_are_judged_at() -> None:
     weight, power, members, full, low, high = problem(1, 50, 6, 2, False, 3)
     floor = full * np.array([0.0, 0.5, 0.9, 1.0, 2.0, 10.0])
-    scales = clipped_scales(weight, power, members, full, floor, low, high)
+    scales = clipped_scales(weight, power, members, full, ScaleLimits(floor, low, high))
     assert (scales >= floor).all()
     np.testing.assert_allclose(scales[3:], floor[3:])
-    free = clipped_scales(weight, power, members, full, np.zeros(6), low, high)
+    free = clipped_scales(weight, power, members, full, ScaleLimits(np.zeros(6), low, high))
     assert scales[0] == free[0]
 
 
 def test_a_dropped_kernel_keeps_its_scale() -> None:
     weight, power, members, full, *_ = problem(1, 20, 3, 4, False, 1)
     low, high = np.array([-8.0, 0.0, -8.0]), np.array([7.0, 0.0, 7.0])
-    assert clipped_scales(weight, power, members, full, np.zeros(3), low, high)[1] == full[1]
+    assert clipped_scales(weight, power, members, full, ScaleLimits(np.zeros(3), low, high))[1] == full[1]

@@ -276,3 +276,21 @@ def test_reduced_range_ends_at_seven_bits() -> None:
 
     assert [widths(value) for value in ("2-8", 8, "3-5", 2)] == [(2, 7), (7, 7), (3, 5), (2, 2)]
     assert OptimizeConfig(reduce_range=True).search_settings.activation_bits == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ()),
+        ({"weight_bits": 4, "seed": 3}, ()),
+        ({"fit_without": "refit,polish", "equalize": True}, ("--fit-without refit,polish", "--equalize")),
+        (
+            {"activation_range": "entropy", "weight_method": "gptq", "fit_samples": 64, "reduce_range": True},
+            ("--weight-method gptq", "--fit-samples 64", "--activation-range entropy", "--reduce-range"),
+        ),
+    ],
+)
+def test_settings_of_the_method_other_than_the_default_are_told(
+    settings: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    assert OptimizeConfig(**settings).method == expected

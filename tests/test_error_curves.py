@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 from onnx import helper
 from scipy.stats import spearmanr
+from tensors import normal
 from threadpoolctl import threadpool_limits
 
 from raqu_onnx.annotations import MAPPED, mapped_nodes
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer, NodeSource
 
 Feeds = Mapping[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 class Case:

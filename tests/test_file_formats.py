@@ -36,7 +36,7 @@ def test_the_report_is_what_its_schema_says(cli: Cli, workspace: Path) -> None:
     assert report.model_dump(mode="json") == json.loads(text)
     assert report.data["evaluation"] is not None
     assert report.data["evaluation"].model_dump() == {
-        "name": "eval.npz", "samples": 40, "labels": True, "synthetic": False,
+        "name": "eval.npz", "samples": 40, "labels": True, "synthetic": False, "fitted": False,
     }  # fmt: skip
     assert report.nodes == ["conv1", "conv2", "fc"]
     assert set(report.bits) == set(report.nodes)

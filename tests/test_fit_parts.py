@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.annotations import NodeBits
 from raqu_onnx.data import open_dataset
@@ -23,7 +22,7 @@ from raqu_onnx.simulation import Simulator
 from raqu_onnx.weights import FIT_PARTS, FitPart, WeightMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import onnx_ir as ir
 
@@ -31,12 +30,6 @@ if TYPE_CHECKING:
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
 SEQUENTIAL_PARTS: tuple[FitPart, ...] = ("targets", "residuals", "shrinkage")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def inputs(samples: int, seed: int, channels: int = 6, size: int = 6) -> np.ndarray:

@@ -9,6 +9,8 @@ import onnxruntime as ort
 import pytest
 
 from raqu_onnx.graph_edit import infer_shapes, name_nodes
+from raqu_onnx.layout import MappedNode
+from raqu_onnx.mapping import describe_node
 from raqu_onnx.model_io import load_model, to_proto
 from raqu_onnx.passes.fuse_matmul_bias import FuseMatMulBiasPass
 from raqu_onnx.passes.tidy import TidyPass
@@ -48,10 +50,11 @@ def same(model: ir.Model, proto: onnx.ModelProto, shape: tuple[int, ...]) -> boo
 
 @pytest.mark.parametrize("bias", ["b", "row", "one"])
 @pytest.mark.parametrize("order", ["m, {}", "{}, m"])
-def test_a_matrix_becomes_a_gemm(bias: str, order: str) -> None:
+@pytest.mark.parametrize("operator", ["Add", "Sum"])
+def test_a_matrix_becomes_a_gemm(bias: str, order: str, operator: str) -> None:
     model, proto, modified = fused(
         f"g (float[n, 4] x) => (float[n, 3] y, float[n, 3] z)"
-        f"{{ [fc] m = MatMul (x, w) y = Add ({order.format(bias)}) z = Relu (y) }}"
+        f"{{ [fc] m = MatMul (x, w) y = {operator} ({order.format(bias)}) z = Relu (y) }}"
     )
     assert modified
     assert [(node.op_type, node.name) for node in model.graph] == [("Gemm", "fc"), ("Relu", "Relu_0")]
@@ -80,6 +83,7 @@ def test_a_stack_of_matrices_gets_a_wide_constant() -> None:
         "g (float[2, 4] x) => (float[2, 3] y) { m = MatMul (x, w) y = Add (m, rows) }",
         "g (float[n, 4] x) => (float[1, n, 3] y) { m = MatMul (x, w) y = Add (m, stack) }",
         "g (float[n, 4] x) => (float[n, 3] y) { m = MatMul (x, w) y = Sub (m, b) }",
+        "g (float[n, 4] x) => (float[n, 3] y) { m = MatMul (x, w) y = Sum (m, b, b) }",
         "g (float[4] x) => (float[3] y) { m = MatMul (x, w) y = Add (m, b) }",
         "g (float[3, 4] x) => (float[4, 4] y) { m = MatMul (w, x) y = Add (m, one) }",
     ],
@@ -134,3 +138,33 @@ def test_what_the_user_excludes_stays_two_nodes(pattern: str) -> None:
     model = TidyPass(exclude=(pattern,))(load_model(proto)).model
     assert [(node.op_type, node.name) for node in model.graph] == [("MatMul", "fc"), ("Add", "bias")]
     assert [node.op_type for node in TidyPass(exclude=("other",))(load_model(proto)).model.graph] == ["Gemm"]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+def test_a_layer_of_float16_is_fused_before_it_gets_its_casts(shape: tuple[int, ...]) -> None:
+    dims = ", ".join(map(str, shape[:-1]))
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> g (float16[{dims}, 4] x) => (float16[{dims}, 3] y)'
+        "{ [fc] m = MatMul (x, w) [bias] y = Add (m, b) }"
+    )
+    halves = {name: CONSTANTS[name].astype(np.float16) for name in ("w", "b")}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in halves.items())
+    model = TidyPass()(load_model(proto)).model
+    matrix = len(shape) == 2
+    assert [node.op_type for node in model.graph] == (
+        ["Cast", "Gemm", "Cast"] if matrix else ["Cast", "MatMul", "Cast", "Add"]
+    )
+    layer = next(node for node in model.graph if node.name == "fc")
+    assert isinstance(describe_node(layer), MappedNode)
+    assert [len(value.shape) for value in layer.outputs if value.shape is not None] == [len(shape)]
+    onnx.checker.check_model(to_proto(model), full_check=True)
+    x = {"x": np.random.default_rng(0).normal(size=shape).astype(np.float16)}
+    found, expected = (
+        ort.InferenceSession(item.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, x)[0]
+        for item in (to_proto(model), proto)
+    )
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-2)
+    count = len(model.graph)
+    assert not TidyPass()(model).modified
+    assert len(model.graph) == count

@@ -217,6 +217,16 @@ MISTAKES = [
     ("dac_bits = true", "", "dac_bits: found true, allowed a whole number"),
     ('dac_bits = "1"', "", 'dac_bits: found "1", allowed a whole number from 1 to 16 (write the bare'),
     ("split_slices = 1", "", "split_slices: found 1, allowed true or false"),
+    (
+        "cycle_ns = 10.0\ncolumn_turn_ns = 11.0",
+        "",
+        "column_turn_ns: found 11.0, allowed at most cycle_ns, which is 10: a turn is a part of a read",
+    ),
+    (
+        "column_turn_ns = 5.0",
+        "",
+        "column_turn_ns: found 5.0, allowed nothing where a crossbar type has no columns_per_adc",
+    ),
     ("cycle_ns = -1", "", "cycle_ns: found -1, allowed a number in ns above 0"),
     ("cycle_ns = inf", "", "cycle_ns: found inf, allowed a number in ns above 0"),
     ("cycle_ns = nan", "", "cycle_ns: found nan, allowed a number in ns above 0"),

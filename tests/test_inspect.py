@@ -91,6 +91,7 @@ def test_one_node_can_be_counted_by_hand(cli: Cli, workspace: Path) -> None:
     assert nodes["conv2"] == {
         "name": "conv2", "op_type": "Conv", "groups": 1, "rows": 72, "kernels": 8, "mvms": 16, "crossbar_type": "main",
         "crossbars": 6, "cells": 72 * 8 * 3, "utilization": pytest.approx(72 * 8 * 3 / (6 * 32 * 16)),
+        "cycles": 16 * 8,  # MVMs by 1-bit slices of 8-bit inputs
     }  # fmt: skip
     assert nodes["fc"]["crossbars"] == 1
     assert nodes["fc"]["mvms"] == 1
@@ -165,7 +166,17 @@ def test_every_node_left_in_float_has_a_reason(cli: Cli, tmp_path: Path) -> None
     assert all(node["reason"] for node in found["unmapped"])
     text = cli("inspect", path).out
     for node in found["unmapped"]:
-        assert f"left in float: {node['name']} (MatMul): " in " ".join(text.split())
+        assert f"not on crossbars: {node['name']} (MatMul): " in " ".join(text.split())
+
+
+def test_all_other_operators_are_counted(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    found = inspected(cli, "model.onnx")
+    assert list(found["others"].items()) == [("Relu", 2), ("Flatten", 1), ("GlobalAveragePool", 1)]
+    said = "other operators, computed beside the crossbars: 2 Relu, 1 Flatten, 1 GlobalAveragePool\n"
+    assert said in cli("inspect", "model.onnx").out
+    # What is excluded is listed by name, and not counted here.
+    assert inspected(cli, "model.onnx", "--exclude", "fc")["others"] == found["others"]
 
 
 def test_free_sizes_leave_mvms_open(cli: Cli, tmp_path: Path, small_net: Net) -> None:
@@ -223,6 +234,36 @@ def test_a_chip_that_is_too_small_is_told(cli: Cli, workspace: Path) -> None:
     assert "the chip has 3 crossbars: at this width the model does not fit" in " ".join(
         cli("inspect", "model.onnx", "--hw", "three.toml").out.split()
     )
+
+
+def test_the_size_that_runs_short_is_named(cli: Cli, workspace: Path) -> None:
+    """The model has more weights than the large crossbar has cells; small ones hold the rest in the least cells."""
+    first, table = (workspace / "chip.toml").read_text().split("[[crossbars]]")
+    large = table.replace("cell_bits = 2", "cell_bits = 2\ncount = 1").replace("main", "large")
+    small = large.replace("large", "small").replace("rows = 32", "rows = 4").replace("cols = 16", "cols = 4")
+    (workspace / "two.toml").write_text(f"{first}[[crossbars]]{large}[[crossbars]]{small}")
+    found = inspected(cli, "model.onnx", "--hw", "two.toml", "--weight-bits", 2)
+    assert found["fits"] is False
+    taken = found["packed"]["crossbars_by_type"]
+    assert taken[1] > 1 >= taken[0]
+    short = f"{taken[1]} small where it has 1"
+    text = cli("inspect", "model.onnx", "--hw", "two.toml", "--weight-bits", 2).out
+    assert f"packed it takes {short}: at this width the model does not fit" in text
+    run = (
+        "optimize",
+        "model.onnx",
+        "--no-drop",
+        "--hw",
+        "two.toml",
+        "--calibration",
+        "calibration.npz",
+        "--no-progress",
+        "-q",
+    )
+    for extra in ((), ("--dry-run",)):
+        ran = cli(*run, *extra)
+        assert ran.code == 2
+        assert f"at 2 bits per weight, which takes {sum(taken)} crossbars, {short}; use a larger chip" in ran.err
 
 
 def test_from_python_with_a_chip_of_ones_own(small_net: Net, workspace: Path) -> None:

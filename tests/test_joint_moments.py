@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.joint_moments import JointMoments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 GROUPS, ROWS, KERNELS = 2, 7, 3
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -21,12 +20,6 @@ SEEDS = st.integers(0, 1000)
 # Means up to a thousand times as large as what varies: summed around 0 in float32, nothing of it would be left.
 OFFSETS = st.sampled_from([0.0, 1.0, 1000.0])
 Centre = tuple[np.ndarray, np.ndarray]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def pairs(count: int, seed: int = 0, offset: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -42,7 +42,7 @@ def test_excluded_nodes_stay_float_and_say_why(cli: Cli, workspace: Path) -> Non
     ran = cli(*RUN, "--weight-bits", "4", "--exclude", "Gemm", "--exclude", ".*v2", "-o", "out")
     assert ran.code == 0, ran.err
     reasons = {"conv2": "excluded by the user (.*v2)", "fc": "excluded by the user (Gemm)"}
-    assert "left in float: conv2 (Conv): excluded by the user (.*v2)" in ran.out
+    assert "not on crossbars: conv2 (Conv): excluded by the user (.*v2)" in ran.out
     found = manifest(workspace / "out")
     assert {item["name"]: item["reason"] for item in found["unmapped"]} == reasons
     assert [item["name"] for item in found["nodes"]] == ["conv1"]
@@ -165,6 +165,48 @@ def test_what_cannot_be_kept_is_told(cli: Cli, workspace: Path, pattern: str, sa
         assert said in ran.err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--fit-samples", "64", "--weight-method", "gptq"),
+            "--fit-samples: weight method gptq fits on statistics of all",
+        ),
+        (
+            ("--fit-samples", "64", "--weight-method", "nearest"),
+            "--fit-samples: weight method nearest fits on no samples",
+        ),
+        (("--input-bits", "4", "--activation-bits", "float"), "--input-bits: with `--activation-bits float`"),
+        (
+            ("--input-bits", "4", "--keep", "last,first"),
+            "--input-bits: every node that reads the model's own inputs keeps",
+        ),
+        (("--input-bits", "4", "--keep", "Conv"), "inputs keeps 8 bits (--keep Conv)"),
+    ],
+)
+@pytest.mark.parametrize("extra", [(), ("--dry-run",)])
+def test_an_option_that_another_leaves_without_effect_is_refused(
+    refused: Callable[..., str], workspace: Path, options: tuple[str, ...], said: str, extra: tuple[str, ...]
+) -> None:
+    refused(workspace, (*RUN, *options, *extra), said, "leave ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--fit-samples", "64"),
+        ("--input-bits", "4", "--keep", "last"),
+        # What is the default cannot be told from what a replayed configuration gives.
+        ("--fit-samples", "512", "--input-bits", "8", "--weight-method", "gptq", "--activation-bits", "float"),
+    ],
+)
+def test_options_that_have_an_effect_or_say_the_default_pass(
+    cli: Cli, workspace: Path, options: tuple[str, ...]
+) -> None:
+    assert workspace.is_dir()
+    assert cli(*RUN, *options, "--dry-run").code == 0
+
+
 def test_fixed_widths_have_no_goal_to_miss(cli: Cli, workspace: Path) -> None:
     assert workspace.is_dir()
     ran = cli(*RUN, "--weight-bits", "2", "--activation-bits", "2", "--format", "json", "-o", "out")
@@ -213,7 +255,7 @@ def test_a_dry_run_sees_that_no_widths_can_fit(
     cli: Cli, workspace: Path, options: tuple[str, ...], advice: str, absent: str
 ) -> None:
     assert workspace.is_dir()
-    run = (*RUN, "--max-crossbars", "1", *options)
+    run = (*RUN, "--max-crossbars", "1", "--no-drop", *options)
     dry = cli(*run, "--dry-run")
     assert dry.code == 2
     assert dry.err.startswith("error: 1 crossbars are too few: the smallest widths, ")
@@ -245,3 +287,12 @@ def test_a_float_layer_gives_activations_and_no_inputs_of_the_model(cli: Cli, wo
     assert widths(workspace / "whole") == {"conv1": ({3}, 6), "conv2": ({3}, 4), "fc": ({3}, 4)}
     assert cli(*run, "--exclude", "conv1", "-o", "part").code == 0
     assert widths(workspace / "part") == {"conv2": ({3}, 4), "fc": ({3}, 4)}
+
+
+def test_the_method_is_said_where_it_is_not_the_default(cli: Cli, workspace: Path) -> None:
+    assert workspace.is_dir()
+    options = ("--fit-without", "refit", "--fit-without", "polish", "--equalize", "--activation-range", "min-max")
+    said = "--fit-without refit,polish --equalize --activation-range min-max\n"
+    assert f"method: {said}" in cli(*RUN, "--weight-bits", "8", *options, "-o", "out").out
+    assert f"method       {said}" in cli(*RUN, *options, "--dry-run").out
+    assert "method       the default\n" in cli(*RUN, "--dry-run").out

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from raqu_onnx.layout import MappedNode
 from raqu_onnx.mapping import describe_node
-from raqu_onnx.patches import input_vectors, output_vectors
+from raqu_onnx.patches import from_output_vectors, input_vectors, output_vectors
 
 SEEDS = st.integers(0, 2**32 - 1)
 # A drawn window that leaves no output is thrown away; a busy machine is no reason to fail.
@@ -66,6 +66,9 @@ def products(node: MappedNode, x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 def assert_outputs(node: MappedNode, x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
     """Vectors times matrices are the output's vectors, for all of them and for some."""
+    np.testing.assert_array_equal(from_output_vectors(node, output_vectors(node, y), x.shape), y)
+    # What pads is filled like everything else: with one value all over, all vectors hold it.
+    assert (input_vectors(node, np.full(x.shape, 7, np.uint8), fill=7) == 7).all()
     matrices = node.layout.to_matrices(w)
     total = len(input_vectors(node, x))
     for limit in (None, 1, 3, total - 1, total, total + 1):

@@ -83,7 +83,7 @@ def test_every_pass_goes_by_one_name_in_three_spellings() -> None:
 def test_settings_reach_the_passes(resources: Resources) -> None:
     config = OptimizeConfig(
         weight_bits=(3, 5), activation_bits=(4, 6), weight_method="nearest", batch_size=9, threads=1, cells=True,
-        max_crossbars=12, activation_range="percentile", seed=4,
+        max_crossbars=12, activation_range="percentile", seed=4, granularity="layer",
     )  # fmt: skip
     passes = {type(item): item for item in build_pipeline(config, resources)}
     calibrate: Any = passes[CalibratePass]

@@ -66,14 +66,18 @@ def models(draw: st.DrawFn) -> dict[str, Matrix]:
         width = st.sampled_from([0, 2, 3, 4, 5, 6, 7, 8])
         size = groups * kernels
         bits = draw(st.one_of(st.lists(width, min_size=size, max_size=size), width.map(lambda b, n=size: [b] * n)))
-        matrices[f"node{index}"] = Matrix(groups, draw(st.integers(0, 30)), np.array(bits).reshape(groups, kernels))
+        rows = draw(st.integers(0, 30))
+        stored = draw(st.none() | st.lists(st.integers(0, rows), min_size=groups, max_size=groups))
+        counts = None if stored is None else np.array(stored, np.int64)
+        matrices[f"node{index}"] = Matrix(groups, rows, np.array(bits).reshape(groups, kernels), counts)
     return matrices
 
 
 def fits_a_type(matrix: Matrix, chip: Chip) -> bool:
-    """Whether some crossbar type can hold the widest kernel."""
+    """Whether some crossbar type can hold the widest kernel of the groups that are stored."""
+    bits = {0, *matrix.bits[matrix.row_counts > 0].flat}
     for shape in geometries(chip):
-        widest = max(shape.encoding.columns(int(b)) for b in matrix.bits.flat)
+        widest = max(shape.encoding.columns(int(b)) for b in bits)
         if shape.weight_rows and shape.weight_cols and (chip.split_slices or widest <= shape.weight_cols):
             return True
     return False
@@ -101,7 +105,7 @@ def assert_sound(placement: Placement) -> None:
         lines[placed.crossbar_type, placed.crossbar].append((placed.node, cells.any(axis=1), cells.any(axis=0)))
         matrix = placement.matrices[placed.node]
         columns = int(column_order(matrix.bits[block.group], shape.encoding).starts[-1])
-        held = covered.setdefault((placed.node, block.group), np.zeros((matrix.rows, columns), int))
+        held = covered.setdefault((placed.node, block.group), np.zeros((matrix.row_counts[block.group], columns), int))
         held[slice(*block.rows), slice(*block.columns)] += 1
         weight_cells += block.height * (block.width - shape.unit_column) * shape.encoding.arrays_per_placement
     for key, cells in used.items():
@@ -113,13 +117,13 @@ def assert_sound(placement: Placement) -> None:
             assert len({node for node, _, _ in lines[key]}) == 1
     assert all((held == 1).all() for held in covered.values())
     for name, matrix in placement.matrices.items():
-        stored = {group for group in range(matrix.groups) if matrix.rows and matrix.bits[group].any()}
+        stored = {group for group, rows in enumerate(matrix.row_counts) if rows and matrix.bits[group].any()}
         assert {group for node, group in covered if node == name} == stored
     expected = sum(
-        matrix.rows
-        * sum(shapes[placement.types_by_node[name][0]].encoding.cells_per_weight(int(b)) for b in matrix.bits.flat)
+        int(rows) * sum(shapes[placement.types_by_node[name][0]].encoding.cells_per_weight(int(b)) for b in bits)
         for name, matrix in placement.matrices.items()
         if name in placement.types_by_node
+        for rows, bits in zip(matrix.row_counts, matrix.bits, strict=True)
     )
     assert placement.programmed_cells == weight_cells == expected
     physical = [

@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.annotations import NodeBits
 from raqu_onnx.layout import MappedNode, WeightLayout, Window
@@ -18,17 +17,11 @@ from raqu_onnx.ranges import activation_quantizer
 from raqu_onnx.statistics import Histogram, InputMoments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 CONV = WeightLayout("conv", (4, 3, 2, 2))
 DECONV = WeightLayout("conv-transpose", (4, 3, 2, 2), 2)
 GEMM = WeightLayout("in-out", (12, 4))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def source_of(

@@ -10,7 +10,6 @@ import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.rounding import DAMPING, Rounder, _inverse_factor
 
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 # Sweeps of `polish` after which it stops though codes may still move.
 SWEEPS = 4
 SIZES = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 9, 63, 64, 65, 130]), st.integers(1, 5))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 @dataclass(frozen=True)

@@ -7,96 +7,20 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import pytest
+from segment_models import check, mapped_model, pictures, runner_of
+from tensors import normal
 
 from raqu_onnx import segments
-from raqu_onnx.annotations import MAPPED, mapped_nodes
 from raqu_onnx.evaluation import make_session
-from raqu_onnx.model_io import load_model, to_proto
-from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
-from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.segments import NodeRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import onnx_ir as ir
-
-HEADER = '<ir_version: 10, opset_import: ["": 18]>'
-Batches = list[dict[str, np.ndarray]]
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=shape) * 0.5).astype(np.float32)
-
-
-def mapped_model(text: str, weights: Mapping[str, Sequence[int]]) -> ir.Model:
-    """A tidied model; weights are given by their shapes."""
-    proto = onnx.parser.parse_model(f"{HEADER} {text}")
-    for seed, (name, shape) in enumerate(weights.items()):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(*shape, seed=seed), name))
-    model = TidyPass()(load_model(proto)).model
-    AnnotateTilingPass()(model)
-    return model
-
-
-def runner_of(model: ir.Model) -> NodeRunner:
-    return NodeRunner(model, [MAPPED.require(node) for node in mapped_nodes(model)], threads=1)
-
-
-def all_values(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Every value of the whole model run at once."""
-    proto = to_proto(model)
-    outputs = [name for node in proto.graph.node for name in node.output if name]
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    session = make_session(proto.SerializeToString(), level="disable-all", threads=1)
-    return {**feeds, **dict(zip(outputs, session.run(outputs, feeds), strict=True))}
-
-
-def check(model: ir.Model, batches: Batches) -> NodeRunner:
-    """Run step by step; every input and output is that of the whole model, and only what is needed is held."""
-    runner = runner_of(model)
-    expected = [all_values(model, feeds) for feeds in batches]
-    constants = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
-    values: dict[str, list[Any]] = {name: [feeds[name] for feeds in batches] for name in batches[0]}
-    assert [step.node.name for step in runner.steps] == [node.name for node in mapped_nodes(model)]
-    for index, step in enumerate(runner.steps):
-        node = step.node
-        x = runner.prepare(step, values, len(batches))
-        bias = None
-        if node.op_type != "MatMul":
-            channels = np.zeros(node.layout.groups * node.layout.kernels, np.float32)
-            bias = channels if node.bias_name is None else constants[node.bias_name]
-        y = runner.run(step, x, constants[node.weight_name], bias)
-        assert len(x) == len(y) == len(batches)
-        for whole, got_x, got_y in zip(expected, x, y, strict=True):
-            np.testing.assert_allclose(got_x, whole.get(node.input_name, got_x), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(got_y, whole[node.output_name], rtol=1e-4, atol=1e-5)
-        values[node.input_name], values[node.output_name] = x, y
-        if step.partner is not None:
-            partner = runner.partner(step, values, len(batches))
-            assert len(partner) == len(batches)
-            for whole, got in zip(expected, partner, strict=True):
-                np.testing.assert_allclose(got, whole[step.partner], rtol=1e-4, atol=1e-5)
-        for name in step.spent:
-            del values[name]
-        later = {name for step in runner.steps[index + 1 :] for name in (*step.needs, *step.partner_needs)}
-        assert set(values) <= later, "held longer than it is needed"
-    assert not values
-    return runner
+    pass
 
 
 def needs(runner: NodeRunner) -> dict[str, set[str]]:
     return {step.node.output_name: set(step.needs) for step in runner.steps}
-
-
-def pictures(*shapes: tuple[int, ...], name: str = "x") -> Batches:
-    return [{name: normal(*shape, seed=100 + seed)} for seed, shape in enumerate(shapes)]
-
-
-# ------------------------------------------------------------------------------------------------- forms of graphs
 
 
 def test_a_residual_sum_and_a_skip_over_the_whole_net() -> None:
@@ -134,7 +58,7 @@ def test_graph_inputs_that_feed_nodes_directly_and_one_that_feeds_none() -> None
         { a = MatMul (x, w1)  b = MatMul (z, w2)  s = Mul (a, b)  y = MatMul (s, w3)  other = Relu (idle) }""",
         {"w1": (4, 5), "w2": (4, 5), "w3": (5, 3)},
     )
-    feeds = [{name: normal(n, 4, seed=n + i) for i, name in enumerate(("x", "z", "idle"))} for n in (3, 1)]
+    feeds = [{name: normal(n, 4, seed=n + i, size=0.5) for i, name in enumerate(("x", "z", "idle"))} for n in (3, 1)]
     runner = check(model, feeds)
     assert "idle" in runner.steps[0].spent
 
@@ -218,8 +142,8 @@ def test_bodies_of_if_read_values_of_every_kind_from_around_them(sign: int) -> N
           y = MatMul (t, w3) }""",
         {"w1": (4, 4), "w2": (4, 4), "w3": (4, 3), "shift": (4,)},
     )
-    x = np.abs(normal(3, 4)) * sign
-    feeds = [{"x": x, "only_in_body": normal(3, 4, seed=7), "nested": normal(3, 4, seed=8)}]
+    x = np.abs(normal(3, 4, size=0.5)) * sign
+    feeds = [{"x": x, "only_in_body": normal(3, 4, seed=7, size=0.5), "nested": normal(3, 4, seed=8, size=0.5)}]
     runner = check(model, feeds)
     assert needs(runner)["y"] == {"x", "a", "b", "r", "only_in_body", "nested"}
 
@@ -284,7 +208,7 @@ def test_outputs_that_nobody_reads_are_dropped_at_once() -> None:
 def test_weights_of_other_values_give_other_outputs() -> None:
     model = mapped_model("g (float[n, 4] x) => (float[n, 3] y) { y = Gemm (x, w, b) }", {"w": (4, 3), "b": (3,)})
     runner = runner_of(model)
-    x, weight, bias = normal(5, 4), normal(4, 3, seed=9), normal(3, seed=10)
+    x, weight, bias = normal(5, 4, size=0.5), normal(4, 3, seed=9, size=0.5), normal(3, seed=10, size=0.5)
     found = runner.run(runner.steps[0], [x, x[:2]], weight, bias)
     np.testing.assert_allclose(found[0], x @ weight + bias, rtol=1e-5, atol=1e-6)
     assert found[1].shape == (2, 3)
@@ -309,115 +233,3 @@ def test_no_session_outlives_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert len(opened) == 4
     assert not [session for session in opened if session() is not None]
-
-
-# ------------------------------------------------------------------------------------------- what outputs are added to
-
-
-def partners(model: ir.Model) -> dict[str, tuple[str, set[str]]]:
-    """By output of a mapped node, what is added to it and what that is computed from."""
-    steps = check(model, pictures((2, 4, 5, 5), (1, 4, 5, 5))).steps
-    return {step.node.output_name: (step.partner, set(step.partner_needs)) for step in steps if step.partner}
-
-
-def block(text: str, outputs: str = "float[n, 4, 5, 5] y", **shapes: tuple[int, ...]) -> ir.Model:
-    """Two convolutions, a of x and b of relu(a), and what the text makes of them."""
-    graph = f"""g (float[n, 4, 5, 5] x) => ({outputs})
-        {{ a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)  r = Relu (a)  b = Conv (r, w2)  {text} }}"""
-    return mapped_model(graph, {"w1": (4, 4, 3, 3), "b1": (4,), "w2": (4, 4, 1, 1), **shapes})
-
-
-@pytest.mark.parametrize("order", ["b, r", "r, b"])
-def test_a_value_that_is_known_is_found_in_either_order(order: str) -> None:
-    assert partners(block(f"s = Add ({order})  y = Relu (s)")) == {"b": ("r", {"r"})}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("y = Add (b, x)", ("x", {"x"})),
-        ("y = Add (a, b)", ("a", {"a"})),
-        ("t = Sigmoid (a)  u = Mul (t, x)  y = Add (u, b)", ("u", {"a", "x"})),
-        # An input of the node is taken as it is, and not computed anew.
-        ("t = Sigmoid (r)  y = Add (t, b)", ("t", {"r"})),
-        # Only one value of the channel: whoever fits has to look at the shapes.
-        ("t = GlobalAveragePool (x)  y = Add (t, b)", ("t", {"x"})),
-    ],
-    ids=["graph input", "earlier node", "digital units between", "own input", "broadcast"],
-)
-def test_what_the_value_is_computed_from(text: str, expected: tuple[str, set[str]]) -> None:
-    found = partners(block(text))
-    assert found["b"] == expected
-    assert set(found) == {"b"}
-
-
-def test_of_two_nodes_that_are_added_the_second_knows_the_first() -> None:
-    model = block("c = Conv (r, w3)  y = Add (b, c)", w3=(4, 4, 1, 1))
-    assert partners(model) == {"c": ("b", {"b"})}
-
-
-def test_a_value_is_held_until_it_is_added() -> None:
-    model = block(
-        "t = Relu (b)  c = Conv (t, w3)  u = Relu (c)  d = Conv (u, w4)  y = Add (d, x)",
-        w3=(4, 4, 1, 1),
-        w4=(4, 4, 1, 1),
-    )
-    steps = check(model, pictures((2, 4, 5, 5))).steps
-    assert [step.partner for step in steps] == [None, None, None, "x"]
-    assert ["x" in step.spent for step in steps] == [False, False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "outputs"),
-    [
-        ("s = Add (b, r)  y = Mul (b, s)", None),
-        ("y = Add (b, r)  b2 = Relu (b)", "float[n, 4, 5, 5] y, float[n, 4, 5, 5] b2"),
-        ("y = Add (b, r)", "float[n, 4, 5, 5] y, float[n, 4, 5, 5] b"),
-        ("y = Add (b, b)", None),
-        ("y = Sub (b, r)", None),
-        ("y = Mul (b, r)", None),
-        ("y = Max (b, r)", None),
-        ("t = Relu (b)  y = Add (t, r)", None),
-        ("y = Relu (b)", None),
-        ("y = Sum (b, r)", None),
-    ],
-    ids=["two readers", "other reader", "graph output", "itself", "sub", "mul", "max", "after relu", "alone", "sum"],
-)
-def test_values_that_are_no_partners(text: str, outputs: str | None) -> None:
-    assert partners(block(text, outputs or "float[n, 4, 5, 5] y")) == {}
-
-
-def test_a_value_behind_a_later_node_is_not_known() -> None:
-    model = block("c = Conv (r, w3)  t = Relu (c)  u = Sigmoid (t)  s = Add (b, u)  y = Relu (s)", w3=(4, 4, 1, 1))
-    assert partners(model) == {}
-
-
-def test_a_constant_is_no_partner() -> None:
-    # Added to the bias where it is one value per channel; here it is not.
-    model = block("y = Add (b, kept)", kept=(1, 4, 5, 5))
-    assert [node.op_type for node in model.graph] == ["Conv", "Relu", "Conv", "Add"]
-    assert partners(model) == {}
-
-
-def test_a_body_that_reads_the_output_reads_it_too() -> None:
-    text = """m = ReduceMax <keepdims = 0> (x)  yes = Greater (m, limit)  s = Add (b, r)
-        t = If (yes) < then_branch = one () => (float[n, 4, 5, 5] p) { p = Identity (READ) },
-                       else_branch = two () => (float[n, 4, 5, 5] q) { q = Neg (s) } >
-        y = Add (t, s)"""
-    for read, expected in (("b", {}), ("s", {"b": ("r", {"r"})})):
-        assert partners(block(text.replace("READ", read), limit=())) == expected
-
-
-def test_the_partner_of_a_step_without_one_is_refused() -> None:
-    runner = runner_of(block("y = Relu (b)"))
-    with pytest.raises(ValueError, match="nothing known is added to its output"):
-        runner.partner(runner.steps[0], {}, 1)
-
-
-def test_a_partner_that_no_input_decides_is_the_same_in_every_batch() -> None:
-    text = "made = RandomUniformLike <seed = 1.0> (kept)  y = Add (b, made)"
-    runner = runner_of(block(text, kept=(1, 4, 5, 5)))
-    step = runner.steps[1]
-    assert (step.partner, step.partner_needs) == ("made", ())
-    found = runner.partner(step, {}, 3)
-    assert [array.shape for array in found] == [(1, 4, 5, 5)] * 3

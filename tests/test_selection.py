@@ -45,6 +45,7 @@ def test_the_first_pattern_is_the_reason_and_nodes_keep_their_order() -> None:
     assert found == {"/conv1": "Conv", "/layer1/conv": "/layer1.*", "/layer2/conv": "Conv", "Gemm": "Gemm"}
     assert list(found) == ["/conv1", "/layer1/conv", "/layer2/conv", "Gemm"]
     assert excluded_reason("Conv") == "excluded by the user (Conv)"
+    assert excluded_reason("Conv", quantized=True) == "excluded by the user (Conv), stays quantized as it was"
     assert select("--exclude", [], NODES) == {}
 
 
@@ -60,7 +61,7 @@ def test_words_win_over_names() -> None:
         ("conv", "did you mean /conv1 or Conv?"),
         ("Relu", "'Relu' means only nodes that never go into crossbars: r1 (Relu), r2 (Relu), r3 (Relu) and 1 more"),
         ("r1", "r1 (Relu)"),
-        ("zzzzzz", "'zzzzzz' matches no node; `raqu-onnx inspect MODEL` lists all nodes"),
+        ("zzzzzz", "'zzzzzz' matches no node; `raqu-onnx inspect MODEL` lists those that can be given"),
         ("", "a pattern is empty"),
         ("a(", "regular expression: missing )"),
     ],

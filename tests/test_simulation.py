@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
-from threadpoolctl import threadpool_limits
+from tensors import normal
 
 from raqu_onnx.annotations import MAPPED, QUANTIZED, NodeBits, mapped_nodes
 from raqu_onnx.data import Dataset, open_dataset
@@ -24,8 +24,6 @@ from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.simulation import Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantized import QuantizedNode
     from raqu_onnx.quantizer import ModelQuantizer
@@ -48,10 +46,6 @@ g (float[n, 3, 8, 8] x) => (float[n, 5] logits, float[n, 2, 64] side)
     m = Reshape (s, rows)
     [left] side = MatMul (w5, m)
 }"""
-
-
-def normal(*shape: int, seed: int = 1, size: float = 1.0) -> np.ndarray:
-    return (np.random.default_rng(seed).normal(size=shape) * size).astype(np.float32)
 
 
 def net() -> onnx.ModelProto:
@@ -99,12 +93,6 @@ class Calibrated:
         InsertQDQPass()(model)
         session = make_session(to_proto(model).SerializeToString(), level="disable-all", threads=1)
         return collect(session, self.data).outputs
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.joint_moments import JointMoments
 from raqu_onnx.rounding import DAMPING
@@ -18,15 +17,9 @@ from raqu_onnx.targets import Shrinkage, choose_shrinkage, default_shrinkage, ma
 from raqu_onnx.weights import FittedWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 GROUPS, ROWS, KERNELS = 2, 20, 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def moments_of(x: np.ndarray, t: np.ndarray) -> JointMoments:

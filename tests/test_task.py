@@ -22,7 +22,12 @@ def test_regression_is_judged_by_noise(cli: Callable[..., Any]) -> None:
     assert strict.code == 1
     ran = cli(*OPTIONS, "--task", "regression", "--max-accuracy-drop", "20", "--force")
     assert ran.code == 0, ran.err
-    assert "1 - noise/signal" in ran.out
+    figures = json.loads(Path("out/report.json").read_text())["figures"]
+    row = next(line for line in ran.out.splitlines() if line.startswith("ours "))
+    assert f"{figures[-1]['selection']['sqnr_db']:.2f} dB" in row
+    assert "%" not in row.split("dB")[-1]
+    assert "SQNR: power of the float model's outputs over" in ran.out
+    assert "points: hundredths of 1 - noise/signal" in ran.out
     assert "labels of selection.npz are not used" in ran.err
     report = json.loads(Path("out/report.json").read_text())
     assert report["metric"] == "1 - noise/signal"

@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg  # noqa: F401 - a limit on threads holds for the libraries that are loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from raqu_onnx.encodings import SignedEncoding, code_range
 from raqu_onnx.layout import MappedNode, WeightLayout, Window
@@ -17,7 +16,7 @@ from raqu_onnx.statistics import InputMoments
 from raqu_onnx.weights import FittedWeights, WeightFitter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 SCHEMES = get_args(SignedEncoding)
 METHODS = ("nearest", "mse", "gptq")
@@ -30,12 +29,6 @@ LAYOUTS = {
     "depthwise": WeightLayout("conv", (5, 1, 3, 3), 5),
     "deconv": WeightLayout("conv-transpose", (6, 4, 2, 2), 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 def node_of(layout: WeightLayout) -> MappedNode:

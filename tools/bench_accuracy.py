@@ -91,7 +91,7 @@ class Bench:
         data = {"input": self._pool[chosen]}
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "result"
-            # Nothing is chosen on the selection data; without any, half of the images would be set aside for it.
+            # Widths are given, so that nothing is chosen on the selection data.
             raqu_onnx.optimize(
                 self._path, output, calibration=data, selection=data, threads=self._threads, seed=seed, **settings
             )

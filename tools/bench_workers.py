@@ -101,7 +101,7 @@ def _ours(job: Job, method: str) -> Callable[[], None]:
     from raqu_onnx.passes.write_manifest import MODEL_FILE
 
     whole = method == "whole"
-    # Of the passes here none reads it; without any, half of the calibration images would be set aside.
+    # Of the passes here none reads it; without any, it would be all of the calibration images.
     selection = {job.input_name: np.load(job.calibration, mmap_mode="r")[: _WHOLE_SELECTION if whole else 1]}
     config = OptimizeConfig.model_validate(
         {

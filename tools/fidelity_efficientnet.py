@@ -158,7 +158,7 @@ def _quantize(
     from raqu_onnx.errors import RaquError
 
     data = {"input": inputs}
-    # Nothing is chosen, so selection data decides nothing; without any, half of the crops would be set aside for it.
+    # Widths are given, so that nothing is chosen on the selection data.
     try:
         config = load_config(None, settings)
         result = raqu_onnx.optimize(model, folder / "result", calibration=data, selection=data, config=config)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from raqu_onnx.cli.parser import Parser
-from raqu_onnx.cli.printing import StdoutError
+from raqu_onnx.cli.printing import StdoutError, telling_stdout
 from raqu_onnx.errors import RaquError
 
 __all__ = ["main"]
@@ -29,6 +29,7 @@ _COMMANDS = {
     "optimize": "quantize a model for a chip, map it, write model and manifest",
     "inspect": "show the tiling of a model on a chip, without search",
     "validate": "check a result folder as a stranger would",
+    "simulate": "run a result folder on virtual crossbars, with real converters and cells",
     "demo": "run the main job on a bundled model and real data",
     "hw": "list, show and check chip descriptions",
     "passes": "list the passes of the pipeline with their options",
@@ -57,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # Names may hold what the terminal's encoding does not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _tidy_termination():
-            code = _run(arguments)
-            sys.stdout.flush()
+        with _tidy_termination(), telling_stdout():
+            code = _run_and_flush(arguments)
     except StdoutError as error:
         _discard_output()
         return _fail(str(error), error.exit_code)
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _BROKEN_PIPE
     except OSError as error:
-        # A full disk behind stdout, no room for temporary files: what the modules could not foresee.
+        # No room for temporary files, and what else the modules could not foresee.
         _discard_output()
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", RaquError.exit_code)
+        return _fail(f"{error.filename or 'a temporary file'}: {error.strerror or error}", RaquError.exit_code)
     return code
 
 
@@ -112,6 +112,16 @@ def _tidy_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _run_and_flush(arguments: list[str]) -> int:
+    try:
+        code = _run(arguments)
+    except SystemExit:  # --help and --version have printed.
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def _run(arguments: list[str]) -> int:

@@ -18,7 +18,12 @@ __all__ = ["add_parser"]
 
 _JSON_VERSION = 1
 # What a value that the file leaves out means.
-_ABSENT = {"count": "as many as needed", "rows_active": "all", "adc_bits": "ideal"}
+_ABSENT = {
+    "count": "as many as needed",
+    "rows_active": "all",
+    "adc_bits": "ideal",
+    "column_turn_ns": "a read takes cycle_ns",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

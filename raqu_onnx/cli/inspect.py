@@ -10,6 +10,7 @@ from raqu_onnx.cli.printing import print_json
 
 if TYPE_CHECKING:
     from raqu_onnx.inspection import Inspection
+    from raqu_onnx.manifest_entries import CostEntry
 
 __all__ = ["add_parser"]
 
@@ -20,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="show the tiling of a model on a chip, without search",
         description="Show how every Conv, ConvTranspose, Gemm and MatMul is cut into crossbars at one width, and why a "
-        "node stays in float. No data is needed and no weight is read.",
+        "node is not mapped. No data is needed and no weight is read.",
     )
     parser.add_argument("model", metavar="MODEL.onnx", help="the model")
     parser.add_argument("--hw", default="generic", metavar="NAME|FILE", help="chip or TOML file (default: generic)")
@@ -64,23 +65,26 @@ def _to_json(result: Inspection) -> dict[str, Any]:
                 "crossbars": item.crossbars,
                 "cells": item.cells,
                 "utilization": item.utilization,
+                "cycles": item.cycles,
             }
             for item in result.nodes
         ],
         "unmapped": [vars(node) for node in result.unmapped],
-        "exclusive": _totals(result.exclusive),
-        "packed": _totals(result.packed),
+        "others": dict(result.others),
+        "exclusive": _totals(result.exclusive, result.exclusive_cost),
+        "packed": _totals(result.packed, result.packed_cost),
         "fits": result.fits,
     }
 
 
-def _totals(placement: Any) -> dict[str, Any]:
+def _totals(placement: Any, cost: CostEntry) -> dict[str, Any]:
     return {
         "crossbars": placement.crossbars,
         "crossbars_by_type": list(placement.crossbars_by_type),
         "cell_utilization": placement.cell_utilization,
         "bit_utilization": placement.bit_utilization,
         "gap": _gap(placement),
+        "cost": cost.model_dump(mode="json"),
     }
 
 

@@ -95,6 +95,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "executable": manifest.executable,
         "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(),
         "totals": manifest.totals.model_dump(mode="json"),
+        "partitions": [part.model_dump(mode="json") for part in manifest.partitions],
         "nodes": [_node(node, manifest) for node in manifest.nodes],
         "unmapped": [item.model_dump() for item in manifest.unmapped],
     }
@@ -102,6 +103,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 def _node(node: NodeEntry, manifest: Manifest) -> dict[str, Any]:
     matrix = node.matrix
+    cycles = next((stage.cycles for stage in manifest.stages if stage.node == node.name), None)
     types = sorted({placement.type for placement in node.placements})
     return {
         "name": node.name,
@@ -114,11 +116,13 @@ def _node(node: NodeEntry, manifest: Manifest) -> dict[str, Any]:
         "mvms": node.mvms,
         "placements": len(node.placements),
         "crossbar_types": [manifest.chip.crossbars[index].name for index in types],
+        "cycles": cycles,
         "crossbars": len({(placement.type, placement.crossbar) for placement in node.placements}),
     }
 
 
 def _print(manifest: Manifest) -> None:
+    from raqu_onnx.cli.costs import number, print_costs, print_partitions
     from raqu_onnx.cli.printing import console, counted, print_table
     from raqu_onnx.cli.tables import MATRIX_LEGEND, SHARING_LEGEND
 
@@ -137,18 +141,44 @@ def _print(manifest: Manifest) -> None:
     if manifest.calibration is not None and manifest.calibration.synthetic:
         out.print("calibrated on generated inputs, not on real data")
     several = len(manifest.chip.crossbars) > 1
-    headers = ["node", "op", "G", "K", "M", "w bits", "a bits", "MVMs", *(["type"] if several else []), "crossbars"]
+    headers = [
+        "node",
+        "op",
+        "G",
+        "K",
+        "M",
+        "W",
+        "A",
+        "MVMs",
+        *(["type"] if several else []),
+        "crossbars",
+        "cycles",
+    ]
     rows = []
     for node in (_node(entry, manifest) for entry in manifest.nodes):
         bits = ",".join(map(str, node["weight_bits"]))
         activation, mvms = (str("?" if node[k] is None else node[k]) for k in ("activation_bits", "mvms"))
         sizes = (str(node[key]) for key in ("groups", "rows", "kernels"))
         kinds = [",".join(node["crossbar_types"])] if several else []
-        rows.append([node["name"], node["op_type"], *sizes, bits, activation, mvms, *kinds, str(node["crossbars"])])
+        rows.append(
+            [
+                node["name"],
+                node["op_type"],
+                *sizes,
+                bits,
+                activation,
+                mvms,
+                *kinds,
+                str(node["crossbars"]),
+                number(node["cycles"], "d"),
+            ]
+        )
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
-    out.print(MATRIX_LEGEND)
+    out.print(f"{MATRIX_LEGEND}; W, A: bits of weights and of the input")
+    print_costs([("one inference", totals.cost)])
+    print_partitions(manifest.partitions)
     for item in manifest.unmapped:
-        out.print(f"in float: {item.op_type} {item.name}: {item.reason}")
+        out.print(f"not on crossbars: {item.name} ({item.op_type}): {item.reason}")
 
 
 def _share(ratio: Ratio) -> str:

@@ -60,14 +60,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_common(parser)
     _add_data(parser.add_argument_group("data"))
     _add_goal(parser.add_argument_group("chip and goal"))
-    _add_method(parser.add_argument_group("method"))
+    method = parser.add_argument_group("method")
+    _add_granularity(method)
+    _add_method(method)
     _add_pipeline(parser.add_argument_group("pipeline"))
     parser.set_defaults(run=_run)
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--calibration", metavar="DATA", help="inputs that ranges are measured on (default: synthetic)")
-    group.add_argument("--selection", metavar="DATA", help="data that bits are chosen on (default: half of the above)")
+    group.add_argument(
+        "--selection",
+        metavar="DATA",
+        help="data that bits are chosen on (default: half of the above, which calibration then does not see; with "
+        "fixed widths nothing is set aside, and figures are of the calibration data)",
+    )
     group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
     group.add_argument("--calibration-samples", type=int, metavar="N", help="most samples used (default: 512)")
     group.add_argument(
@@ -88,6 +95,18 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         help="use the fewest crossbars within POINTS of float: hundredths of top-1 accuracy; without labels of "
         "agreement with float; without class scores of noise power over signal power, all outputs together, where 0.5 "
         "is an SQNR of 23 dB (default: 0.5)",
+    )
+    group.add_argument(
+        "--replicate",
+        metavar="N|chip",
+        help="fill free crossbars, up to N in all or as many as the chip has, with copies of the slowest nodes, so "
+        "that a pipeline takes the next inference sooner (default: one copy of each node)",
+    )
+    group.add_argument(
+        "--partitions",
+        metavar="N|auto",
+        help="where the chip is too small, program it up to N times (auto: as few as will do) for one part of the "
+        "model after the other",
     )
     group.add_argument(
         "--task",
@@ -121,6 +140,22 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         metavar="PATTERN,...",
         help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get: "
         "`first`, `last` (no mapped node before, or after), or patterns as above",
+    )
+
+
+def _add_granularity(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--granularity",
+        metavar="layer|group:N|kernel",
+        help="what gets a width of its own: every layer, groups of N kernels of a layer, or every kernel (default)",
+    )
+    group.add_argument(
+        "--no-drop",
+        dest="drop",
+        action="store_false",
+        default=None,
+        help="give every kernel at least the smallest width; by default kernels that carry least may get 0 bits, take "
+        "no columns, and the next layer makes up for them",
     )
 
 
@@ -170,9 +205,9 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "task", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
-    "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples", "batch_size", "seed",
-    "threads", "passes", "skip", "dump_after", "placement", "cells",
+    "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
+    "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
+    "sensitivity_samples", "batch_size", "seed", "threads", "passes", "skip", "dump_after", "placement", "cells",
 )  # fmt: skip
 
 
@@ -262,15 +297,14 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     if args.format == "json":
         print_json({"schema_version": 1, **steps})
         return 0
-    print(
-        f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} in float"
-    )
+    print(f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} not")
     crossbars = counted(steps["uniform_8_bit_crossbars"], "crossbar")
     print(f"chip         {steps['chip']}: {crossbars} at 8 bits, packed")
     print(f"calibration  {steps['calibration']}")
     print(f"selection    {steps['selection']}")
     print(f"evaluation   {steps['evaluation']}")
     print(f"widths       {steps['widths']}")
+    print(f"method       {steps['method']}")
     print(f"goal         {steps['goal']}")
     print(f"passes       {', '.join(steps['passes'])}")
     print(f"output       {shlex.quote(str(config.output))} (not written: dry run)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
 from raqu_onnx.errors import RaquError
 
@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["StdoutError", "console", "counted", "print_json", "print_table", "result_is_complete", "shortened"]
+__all__ = [
+    "StdoutError",
+    "console",
+    "counted",
+    "print_json",
+    "print_table",
+    "result_is_complete",
+    "shortened",
+    "telling_stdout",
+]
 
 # A pipe has no width: whoever reads it wants whole names and one line for each statement.
 _PIPE_COLUMNS = 10_000
@@ -29,6 +38,45 @@ class StdoutError(RaquError):
     exit_code: ClassVar[int] = 1
 
 
+class _Telling:
+    """A stream whose failures are told from those of other files; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _stdout_errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _stdout_errors():
+            self._stream.flush()
+
+
+@contextmanager
+def _stdout_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StdoutError(f"standard output: {error.strerror or error}") from error
+
+
+@contextmanager
+def telling_stdout() -> Iterator[None]:
+    """Inside this block, a stdout that cannot be written raises `StdoutError`, and no `OSError` as any file would."""
+    stream = sys.stdout
+    sys.stdout = cast("TextIO", _Telling(stream))
+    try:
+        yield
+    finally:
+        sys.stdout = stream
+
+
 @contextmanager
 def result_is_complete(folder: Path | None) -> Iterator[None]:
     """Print inside this block what is already written to `folder`.
@@ -40,11 +88,9 @@ def result_is_complete(folder: Path | None) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
+    except StdoutError as error:
         where = "" if folder is None else f"; the result in {folder} is complete"
-        raise StdoutError(f"standard output: {error.strerror or error}{where}") from error
+        raise StdoutError(f"{error}{where}") from error
 
 
 def console(*, pipe_columns: int | None = _PIPE_COLUMNS) -> Console:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from raqu_onnx.cli.costs import number, print_costs, print_partitions
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.results import describe_goal
+from raqu_onnx.shortage import shortage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +25,15 @@ SHARING_LEGEND = {
     "diagonal": "diagonal sharing: nodes share a crossbar where neither rows nor columns are in common",
     "time": "time sharing: nodes share a crossbar; those that share rows or columns take turns",
 }
+_NOISE = "1 - noise/signal"
 _METRICS = {
     "top-1": "samples whose largest output is the label",
     "agreement": "samples whose largest output is the float model's, which is fidelity and no accuracy",
-    "1 - noise/signal": "1 - power of the difference to float / power of the float outputs, no accuracy",
+    _NOISE: "power of the float model's outputs over power of the difference to them, in dB, which is no accuracy",
 }
+_POINTS_LEGEND = (
+    "points: hundredths of 1 - noise/signal, the noise being the difference's power; 20 dB are 1 below float"
+)
 _KL_LEGEND = "KL: mean divergence of the class probabilities from float's, in nats; 0 is the same"
 
 
@@ -35,14 +41,15 @@ def print_result(result: OptimizeResult) -> None:
     """Print bits by node, the table of figures, the goal, what was gained and where the files are."""
     out = console()
     if result.bits:
-        rows = [(name, f"{w:g}", "float" if a is None else str(a)) for name, (w, a) in result.bits.items()]
-        print_table(out, ("node", "weight bits", "activation bits"), rows, right=(1, 2))
+        _print_nodes(result)
         if any(activation is not None for _, activation in result.bits.values()):
             out.print("activation bits: of a node's input; --input-bits sets those of the model's own inputs")
+    if result.method:
+        out.print(f"method: {' '.join(result.method)}")
     for name, pattern in result.kept:
         out.print(f"kept at {result.bits[name][0]:g} bits: {name} ({pattern})")
     for name, kind, reason in result.unmapped:
-        out.print(f"left in float: {name} ({kind}): {reason}")
+        out.print(f"not on crossbars: {name} ({kind}): {reason}")
     if result.figures:
         _print_figures(result)
     if result.validation is not None:
@@ -52,15 +59,30 @@ def print_result(result: OptimizeResult) -> None:
         out.print(f"written to {result.output}", soft_wrap=True)
 
 
+def _print_nodes(result: OptimizeResult) -> None:
+    copied = any(count > 1 for count in result.replicas.values())
+    headers = ("node", "weight bits", "activation bits", *(["copies"] if copied else []), "cycles")
+    rows = []
+    for name, (weight, activation) in result.bits.items():
+        copies = [str(result.replicas[name])] if copied else []
+        bits = (f"{weight:g}", "float" if activation is None else str(activation))
+        rows.append((name, *bits, *copies, number(result.cycles.get(name), "d")))
+    print_table(console(), headers, rows, right=range(1, len(headers)))
+
+
 def _print_figures(result: OptimizeResult) -> None:
     out = console()
     judged = any(item.evaluation is not None for item in result.figures)
     scores = [item.evaluation if judged else item.selection for item in result.figures]
     metric = next((score.metric for score in scores if score is not None), "quality")
-    headers = ("", "W", "A", "crossbars", "cells", "bits", metric, "KL")
+    headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == _NOISE else metric, "KL")
     rows = [_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)]
     print_table(out, headers, rows, right=tuple(range(1, len(headers))), bold="ours")
-    for line in (*_legend(result, metric, judged=judged), "", *_goal_lines(result), *_summary(result, metric)):
+    for line in _legend(result, metric, judged=judged):
+        out.print(line)
+    print_costs([(item.label, item.cost) for item in result.figures if item.cost is not None])
+    print_partitions(result.partitions)
+    for line in ("", *_goal_lines(result), *_summary(result, metric)):
         out.print(line)
 
 
@@ -68,9 +90,9 @@ def _legend(result: OptimizeResult, metric: str, *, judged: bool) -> Iterator[st
     yield "W, A: mean bits of weights and activations; cells, bits: share of the crossbars in use"
     yield "unpacked: one node per crossbar; packed: as the chip shares crossbars"
     if metric in _METRICS:
-        yield f"{metric}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
-        if metric != "1 - noise/signal":
-            yield _KL_LEGEND
+        name = "SQNR" if metric == _NOISE else metric
+        yield f"{name}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
+        yield _POINTS_LEGEND if metric == _NOISE else _KL_LEGEND
 
 
 def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
@@ -83,7 +105,16 @@ def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
     before = "on which widths were chosen"
     if judged:
         before = "the test data" if data.name in others else "the test data, which the search has not seen"
+    elif data.fitted and _is_fixed(result):
+        before = "the calibration data, which ranges and weights were fitted to"
+    elif _is_fixed(result):
+        before = "the selection data"
     return f"; on {_named(data)}, {before}"
+
+
+def _is_fixed(result: OptimizeResult) -> bool:
+    """Whether widths were given, so that nothing was chosen."""
+    return result.search is not None and len({item.bits for item in result.search.evaluations}) == 1
 
 
 def _named(data: DataSummary) -> str:
@@ -92,9 +123,6 @@ def _named(data: DataSummary) -> str:
 
 
 def _figure_cells(item: Figures, score: Score | None) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     return [
         item.label,
         number(item.weight_bits, ".3g"),
@@ -102,9 +130,16 @@ def _figure_cells(item: Figures, score: Score | None) -> list[str]:
         number(item.crossbars, "d"),
         number(item.cell_utilization, ".1%"),
         number(item.bit_utilization, ".1%"),
-        "-" if score is None else f"{100 * score.quality:.2f} %",
+        "-" if score is None else _quality(score),
         "-" if score is None or score.kl is None else f"{score.kl:.4f}",
     ]
+
+
+def _quality(score: Score) -> str:
+    """How good a model is: accuracy or agreement in percent, else the noise in dB."""
+    if score.metric != _NOISE:
+        return f"{100 * score.quality:.2f} %"
+    return "-" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
 
 
 def _goal_lines(result: OptimizeResult) -> Iterator[str]:
@@ -113,25 +148,27 @@ def _goal_lines(result: OptimizeResult) -> Iterator[str]:
     if search is None or not search.goal:
         return
     score, reference = search.chosen.score, search.reference
-    fixed = len({item.bits for item in search.evaluations}) == 1
+    fixed = _is_fixed(result)
     yield f"goal: {describe_goal(search.goal, fixed=fixed, metric=score.metric)}"
     data = result.data.get("selection")
+    role = "calibration" if data is not None and data.fitted else "selection"
     drop = 100 * (reference.quality - score.quality)
     side = "below" if drop >= 0 else "above"
     yield (
         f"reached: {counted(search.chosen.crossbars, 'crossbar')}, {abs(drop):.2f} points {side} float "
         f"({100 * reference.quality:.2f} -> {100 * score.quality:.2f} % {score.metric}"
-        f"{'' if data is None else f' on {_named(data)}, the selection data'})"
+        f"{'' if data is None else f' on {_named(data)}, the {role} data'})"
     )
     yield f"the goal is {'met' if search.goal_met else 'NOT met'}"
 
 
 def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     """What quantization gained and what packing gained, kept apart."""
-    ours = result.figures[-1]
+    # Copies are no part of what quantization and packing gained.
+    rows = [item for item in result.figures[1:] if not item.label.startswith("ours")]
+    ours = result.figures[1 + len(rows)]
     search = result.search
     if search is not None and ours.crossbars:
-        rows = result.figures[1:-1]
         for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
             yield (
                 f"against {packed.label.removesuffix(', packed')}: packing {unpacked.crossbars} -> {packed.crossbars} "
@@ -145,7 +182,8 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     data = result.data.get("evaluation")
     for level, score in result.levels.items():
         where = "" if data is None else f" on {data.name}"
-        yield f"emitted model, onnxruntime {level}: {100 * score.quality:.2f} % {metric}{where}"
+        name = "SQNR" if metric == _NOISE else metric
+        yield f"emitted model, onnxruntime {level}: {_quality(score)} {name}{where}"
     if result.bits and all(activation is None for _, activation in result.bits.values()):
         yield "float activations: for measurements only, no backend can run the manifest; at its default level"
         yield "onnxruntime itself may compute a MatMul or Gemm with 8-bit inputs (MatMulNBits), so the two may differ"
@@ -162,18 +200,21 @@ def print_inspection(result: Inspection) -> None:
     out = console()
     chip = result.chip
     several = len(chip.crossbars) > 1
-    headers = ["node", "op", "G", "K", "M", "MVMs", *(["type"] if several else []), "crossbars", "cells used"]
+    headers = ["node", "op", "G", "K", "M", "MVMs", *(["type"] if several else []), "crossbars", "cells", "cycles"]
     rows = []
     for item in result.nodes:
         layout = item.node.layout
         numbers = (layout.groups, layout.rows, layout.kernels, "?" if item.node.mvms is None else item.node.mvms)
         kind = [item.crossbar_type] if several else []
-        cells = [*map(str, numbers), *kind, str(item.crossbars), f"{item.utilization:.1%}"]
+        cells = [*map(str, numbers), *kind, str(item.crossbars), f"{item.utilization:.1%}", number(item.cycles, "d")]
         rows.append([item.node.name, item.node.op_type, *cells])
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
     out.print(MATRIX_LEGEND)
     for node in result.unmapped:
-        out.print(f"left in float: {node.name} ({node.op_type}): {node.reason}")
+        out.print(f"not on crossbars: {node.name} ({node.op_type}): {node.reason}")
+    if result.others:
+        counts = ", ".join(f"{count} {kind}" for kind, count in result.others.items())
+        out.print(f"other operators, computed beside the crossbars: {counts}")
     sizes = ", ".join(
         f"{f'{kind.name} ' if several else ''}{kind.rows}x{kind.cols} of {kind.cell_bits}-bit cells"
         for kind in chip.crossbars
@@ -189,9 +230,13 @@ def print_inspection(result: Inspection) -> None:
             f"{label}: {taken}, cells used {placement.cell_utilization:.1%}, bits used {placement.bit_utilization:.1%}"
         )
     out.print(f"lower bound: {_bound(result)}")
+    print_costs([("one node per crossbar", result.exclusive_cost), ("packed", result.packed_cost)])
+    out.print("cycles and energy are of 8-bit activations")
     if not result.fits:
-        have = sum(kind.count or 0 for kind in chip.crossbars)
-        out.print(f"the chip has {counted(have, 'crossbar')}: at this width the model does not fit")
+        have = counted(sum(kind.count or 0 for kind in chip.crossbars), "crossbar")
+        short = shortage(chip, result.packed.crossbars_by_type)
+        problem = f"packed it takes {short}" if short else f"the chip has {have}"
+        out.print(f"{problem}: at this width the model does not fit")
 
 
 def _bound(result: Inspection) -> str:

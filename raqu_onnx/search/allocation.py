@@ -8,13 +8,14 @@ import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.native_output import no_native_output
+from raqu_onnx.placement import geometries
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.search.problem import Problem
 
-__all__ = ["cheapest_loss", "fit_to_budget", "solve_integer_program", "useful_widths"]
+__all__ = ["cheapest_loss", "fit_to_budget", "kernel_widths", "solve_integer_program", "useful_widths"]
 
 
 def cheapest_loss(
@@ -104,6 +105,16 @@ def useful_widths(problem: Problem) -> list[list[int]]:
         choices.append(
             [b for b in range(low, high + 1) if np.isfinite(cost[b]) and (b == high or not cost[b] >= cost[b + 1])]
         )
+    return choices
+
+
+def kernel_widths(problem: Problem) -> list[list[int]]:
+    """Widths of each node's kernels, rising, without those that take as many columns as a wider one."""
+    encoding = geometries(problem.chip)[0].encoding
+    choices: list[list[int]] = []
+    for node in range(len(problem.nodes)):
+        low, high = problem.settings.weight_limits(node)
+        choices.append([b for b in range(low, high + 1) if b == high or encoding.columns(b) < encoding.columns(b + 1)])
     return choices
 
 

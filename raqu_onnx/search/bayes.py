@@ -1,8 +1,9 @@
-"""Bayesian search in a trust region around what the integer program found.
+"""Bayesian search in a trust region around the best candidate known.
 
 The surrogate is scikit-optimize's extra-trees regressor, asked and told one candidate at a time. Its space is the
-incumbent's widths plus and minus a radius that grows after successes and shrinks after failures (TuRBO, Eriksson et
-al., NeurIPS 2019, section 2). Candidates are brought into the budget before they are judged, never penalised.
+incumbent's vector plus and minus a radius that grows after successes and shrinks after failures (TuRBO, Eriksson et
+al., NeurIPS 2019, section 2). What a vector means is up to a `Space`: widths of nodes, or what the kernels of nodes are
+worth. Candidates are brought into the budget before they are judged, never penalised.
 """
 
 from __future__ import annotations
@@ -10,39 +11,47 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from raqu_onnx.search.allocation import fit_to_budget
-from raqu_onnx.search.result import Bits
-
 if TYPE_CHECKING:
     from raqu_onnx.search.problem import Problem
-    from raqu_onnx.search.result import Evaluation
-    from raqu_onnx.search.sensitivity import Sensitivity
+    from raqu_onnx.search.result import Bits, Evaluation
 
-__all__ = ["TrustRegion"]
+__all__ = ["Space", "TrustRegion"]
 
 _FAILURES_TO_SHRINK = 4
 _LARGEST_RADIUS = 3
 _TRIES = 8
 
 
+class Space(Protocol):
+    """Vectors of integers that stand for candidates within one budget."""
+
+    @property
+    def limits(self) -> list[tuple[int, int]]:
+        """Smallest and largest value of every dimension."""
+
+    def vector(self, bits: Bits) -> list[int] | None:
+        """The vector of a candidate, None where it has none in this space."""
+
+    def candidate(self, vector: list[int]) -> Bits | None:
+        """The candidate of a vector, brought into the budget; None where that cannot be done."""
+
+
 @dataclass
 class TrustRegion:
-    """Proposes candidates around the best one known inside a budget of crossbars.
+    """Proposes candidates around the best one known.
 
     Attributes:
         problem: Costs and scores.
-        sensitivity: Additive losses, which guide the repair.
-        crossbars: The budget.
+        space: What is searched.
         incumbent: Best candidate so far.
     """
 
     problem: Problem
-    sensitivity: Sensitivity
-    crossbars: int
+    space: Space
     incumbent: Evaluation
     _radius: int = 1
     _failures: int = 0
@@ -53,6 +62,8 @@ class TrustRegion:
 
     def step(self) -> Evaluation | None:
         """Judge one new candidate; None when no new one can be found near the incumbent."""
+        if self.space.vector(self.incumbent.bits) is None:
+            return None
         if self._optimizer is None:
             self._rebuild()
         candidate = self._ask()
@@ -73,37 +84,15 @@ class TrustRegion:
                 self._rebuild()
         return found
 
-    def _vector(self, bits: Bits) -> list[int]:
-        return [*bits.weights, *(bits.activations or () if self._searches_activations else ())]
-
-    @property
-    def _searches_activations(self) -> bool:
-        widths = self.problem.settings.activation_bits
-        return widths is not None and widths[0] < widths[1]
-
-    def _bits(self, vector: list[int]) -> Bits:
-        nodes = len(self.problem.nodes)
-        weights = tuple(int(v) for v in vector[:nodes])
-        activations = tuple(int(v) for v in vector[nodes:]) if self._searches_activations else None
-        return Bits(weights, activations or self.incumbent.bits.activations)
-
-    def _limits(self) -> list[tuple[int, int]]:
-        settings = self.problem.settings
-        nodes = range(len(self.problem.nodes))
-        limits = [settings.weight_limits(node) for node in nodes]
-        if self._searches_activations:
-            limits += [bits for node in nodes if (bits := settings.activation_limits(node)) is not None]
-        return limits
-
     def _rebuild(self) -> None:
         """A fresh surrogate around the incumbent, told everything that was judged inside its space."""
         from skopt import Optimizer
         from skopt.learning import ExtraTreesRegressor
 
-        centre = self._vector(self.incumbent.bits)
+        centre = self._centre()
         self._bounds = [
             (max(low, value - self._radius), min(high, value + self._radius))
-            for value, (low, high) in zip(centre, self._limits(), strict=True)
+            for value, (low, high) in zip(centre, self.space.limits, strict=True)
         ]
         seed = (self.problem.settings.seed + 7919 * self._restarts) % 2**31
         self._restarts += 1
@@ -124,12 +113,18 @@ class TrustRegion:
             self._tell(evaluation, fit=False)
         self._tell(self.incumbent)
 
+    def _centre(self) -> list[int]:
+        centre = self.space.vector(self.incumbent.bits)
+        if centre is None:
+            raise ValueError("the incumbent has no vector in the space that is searched")
+        return centre
+
     def _tell(self, evaluation: Evaluation, *, fit: bool = True) -> None:
-        vector, loss = self._vector(evaluation.bits), evaluation.score.loss
+        vector, loss = self.space.vector(evaluation.bits), evaluation.score.loss
         # A candidate that yields infinities or NaN is bad beyond what the surrogate can take.
-        if not math.isfinite(loss) or any(
-            not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)
-        ):
+        if vector is None or not math.isfinite(loss):
+            return
+        if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,22 +138,18 @@ class TrustRegion:
                 warnings.simplefilter("ignore")
                 vector = [int(v) for v in self._optimizer.ask()] if attempt == 0 else self._mutate(generator)
             vector = [int(np.clip(v, *bounds)) for v, bounds in zip(vector, self._bounds, strict=True)]
-            bits = self._repaired(self._bits(vector))
+            bits = self.space.candidate(vector)
             if bits is not None and bits not in self._asked and not self._is_known(bits):
                 self._asked.add(bits)
                 return bits
         return None
 
     def _mutate(self, generator: np.random.Generator) -> list[int]:
-        """The incumbent with a few widths moved: what remains when the surrogate repeats itself."""
-        vector = np.array(self._vector(self.incumbent.bits))
+        """The incumbent with a few values moved: what remains when the surrogate repeats itself."""
+        vector = np.array(self._centre())
         moved = generator.choice(len(vector), size=min(len(vector), int(generator.integers(2, 5))), replace=False)
         vector[moved] += generator.choice([-1, 1], size=len(moved))
         return [int(v) for v in vector]
-
-    def _repaired(self, bits: Bits) -> Bits | None:
-        weights = fit_to_budget(self.problem, bits.weights, self.sensitivity.weights, self.crossbars)
-        return None if weights is None else Bits(weights, bits.activations)
 
     def _is_known(self, bits: Bits) -> bool:
         return any(bits == evaluation.bits for evaluation in self.problem.evaluations)

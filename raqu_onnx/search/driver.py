@@ -8,8 +8,7 @@ import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.placement import DoesNotFitError
-from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
-from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.kernel_stage import KernelStage
 from raqu_onnx.search.result import (
     Bits,
     Evaluation,
@@ -20,6 +19,7 @@ from raqu_onnx.search.result import (
     points_below,
 )
 from raqu_onnx.search.sensitivity import Sensitivity, measure_sensitivity
+from raqu_onnx.search.stages import LayerStage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Chip
     from raqu_onnx.search.problem import Problem
-    from raqu_onnx.search.result import SearchSettings
+    from raqu_onnx.search.result import NodeWidth, SearchSettings
+    from raqu_onnx.search.stages import Stage
 
 __all__ = ["check_room", "search"]
 
@@ -47,10 +48,11 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         chosen = problem.evaluate(problem.settings.bits(len(problem.nodes), *problem.settings.widest), "uniform")
     else:
         sensitivity = measure_sensitivity(problem)
+        stage = _stage(problem, sensitivity)
         if goal.max_crossbars is not None:
-            chosen = _best_within(problem, sensitivity, goal.max_crossbars)
+            chosen = _best_within(problem, stage, goal.max_crossbars)
         else:
-            chosen = _fewest_crossbars(problem, sensitivity, goal.max_accuracy_drop or 0.0)
+            chosen = _fewest_crossbars(problem, stage, goal.max_accuracy_drop or 0.0)
         chosen = _narrow_activations(problem, sensitivity, goal, chosen)
     return SearchResult(
         goal=goal,
@@ -79,7 +81,7 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
     for step, width in enumerate(widths):
         problem.progress("judging uniform widths", step, len(widths))
         bits = settings.bits(nodes, width, activation)
-        if not np.isfinite(problem.cost(bits.weights)):
+        if not np.isfinite(problem.cost(list(bits.by_node.values()))):
             # A kernel of this width is wider than every crossbar.
             continue
         if baselines and bits == baselines[-1].bits:
@@ -107,8 +109,10 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
 
 def _costs_as_much(problem: Problem, bits: Bits, wider: Bits) -> bool:
     """Every node takes at one width what it takes at another."""
-    rows = np.arange(len(problem.nodes))
-    return np.array_equal(problem.cell_cost[rows, list(bits.weights)], problem.cell_cost[rows, list(wider.weights)])
+    return all(
+        problem.cell_cost[node, width] == problem.cell_cost[node, wider.by_node[node]]
+        for node, width in bits.by_node.items()
+    )
 
 
 def _in_range(problem: Problem, width: int) -> bool:
@@ -117,6 +121,9 @@ def _in_range(problem: Problem, width: int) -> bool:
 
 
 def _require_room(problem: Problem, goal: Goal) -> None:
+    if problem.settings.drops:
+        # Dropped kernels take no room: the allocation finds out.
+        return
     smallest = _lowest(problem)
     need = problem.crossbars(smallest)
     check_room(
@@ -125,10 +132,11 @@ def _require_room(problem: Problem, goal: Goal) -> None:
         problem.settings,
         need=problem.packed_crossbars(smallest) if need is None else need,
         fits=need is not None,
+        short="" if need is not None else problem.shortage(smallest),
     )
 
 
-def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool) -> None:
+def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool, short: str = "") -> None:
     """Make sure that the smallest widths fit: no other widths could.
 
     Args:
@@ -137,6 +145,7 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
         settings: The smallest width, and the nodes that are kept.
         need: Crossbars that the model takes at the smallest widths.
         fits: That is within what the chip has.
+        short: Which crossbar types run short, where the chip has several.
 
     Raises:
         DoesNotFitError: They do not fit the chip or the crossbars allowed.
@@ -148,9 +157,10 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
     ways += [f"fewer nodes kept at {settings.kept_weight_bits} bits"] if settings.kept else []
     also = f", or allow {' or '.join(ways)}" if ways else ""
     if not fits:
+        where = f", {short}" if short else f" where it has {_have(chip)}"
         raise DoesNotFitError(
-            f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars; use "
-            f"a larger chip{also}"
+            f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars"
+            f"{where}; use a larger chip{also}, or program it several times with --partitions auto"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(
@@ -159,7 +169,11 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
         )
 
 
-def _lowest(problem: Problem) -> tuple[int, ...]:
+def _have(chip: Chip) -> str:
+    return ", ".join(f"{'any number' if kind.count is None else kind.count} of {kind.name}" for kind in chip.crossbars)
+
+
+def _lowest(problem: Problem) -> tuple[NodeWidth, ...]:
     """The smallest weight width of every node."""
     return problem.settings.bits(len(problem.nodes), problem.settings.weight_bits[0], None).weights
 
@@ -184,26 +198,19 @@ def _best_uniform(problem: Problem, goal: Goal, baselines: Sequence[UniformBasel
     return min(fitting, key=lambda b: (b.packed_crossbars, b.score.loss), default=None)
 
 
-def _start(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> Evaluation | None:
-    """The integer program's answer for a budget, filled up, judged."""
-    weights = solve_integer_program(problem, sensitivity.weights, crossbars)
-    if weights is None:
-        weights = fit_to_budget(problem, _lowest(problem), sensitivity.weights, crossbars)
-    else:
-        weights = fit_to_budget(problem, weights, sensitivity.weights, crossbars)
-    if weights is None:
-        return None
-    activation = problem.settings.widest[1]
-    activations = None if activation is None else problem.settings.activations(len(weights), activation)
-    return problem.evaluate(Bits(weights, activations), "integer program")
+def _stage(problem: Problem, sensitivity: Sensitivity) -> Stage:
+    """What is searched: widths of nodes, or of their kernels."""
+    return LayerStage(problem, sensitivity) if problem.settings.group is None else KernelStage(problem, sensitivity)
 
 
-def _best_within(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> Evaluation:
-    start = _start(problem, sensitivity, crossbars)
+def _best_within(problem: Problem, stage: Stage, crossbars: int) -> Evaluation:
+    start = stage.start(crossbars)
     known = [e for e in problem.evaluations if e.crossbars <= crossbars]
     if start is None and not known:
-        raise DoesNotFitError(f"no candidate fits {crossbars} crossbars; allow more")
-    region = TrustRegion(problem, sensitivity, crossbars, min(known, key=lambda e: e.score.loss))
+        raise DoesNotFitError(
+            f"no candidate fits {crossbars} crossbars of chip {problem.chip.name}; allow more, or use a larger chip"
+        )
+    region = stage.region(crossbars, min(known, key=lambda e: e.score.loss))
     for done in range(problem.settings.evaluations):
         problem.progress("Bayesian search", done, problem.settings.evaluations)
         if region.step() is None:
@@ -212,11 +219,11 @@ def _best_within(problem: Problem, sensitivity: Sensitivity, crossbars: int) -> 
     return region.incumbent
 
 
-def _fewest_crossbars(problem: Problem, sensitivity: Sensitivity, allowed: float) -> Evaluation:
-    """Bisect over budgets with the integer program, then let the Bayesian stage push one crossbar further at a time."""
+def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluation:
+    """Bisect over budgets with computed candidates, then let the Bayesian stage push one crossbar further at a time."""
     goal = Goal(None, allowed)
-    low = problem.crossbars(_lowest(problem)) or 1
-    high = max(e.crossbars for e in problem.evaluations)
+    low = stage.fewest_crossbars
+    high = max((e.crossbars for e in problem.evaluations), default=0)
     best = min(
         (e for e in problem.evaluations if _meets(problem, goal, e.score, 0)),
         key=lambda e: (e.crossbars, e.score.loss),
@@ -226,32 +233,32 @@ def _fewest_crossbars(problem: Problem, sensitivity: Sensitivity, allowed: float
         # No uniform width meets the target: mixed widths on the whole chip may, and lose least in any case.
         counts = [kind.count for kind in problem.chip.crossbars]
         whole = sum(count or 0 for count in counts)
-        best = _best_within(problem, sensitivity, high if None in counts else max(high, whole))
+        best = _best_within(problem, stage, high if None in counts and high else max(high, whole))
         if not _meets(problem, goal, best.score, 0):
             return best
     high = best.crossbars
     while low < high:
         middle = (low + high) // 2
-        problem.progress(f"integer program, {middle} crossbars", 0, 1)
-        found = _start(problem, sensitivity, middle)
+        problem.progress(f"allocation to {middle} crossbars", 0, 1)
+        found = stage.start(middle)
         if found is not None and _meets(problem, goal, found.score, 0):
             best = min(best, found, key=lambda e: (e.crossbars, e.score.loss))
             high = min(middle, found.crossbars)
         else:
             low = middle + 1
-    return _push_further(problem, sensitivity, goal, best)
+    return _push_further(problem, stage, goal, best)
 
 
-def _push_further(problem: Problem, sensitivity: Sensitivity, goal: Goal, best: Evaluation) -> Evaluation:
+def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) -> Evaluation:
     """Spend the evaluations on budgets below the best one; a budget that is met makes way for a smaller one."""
     left = problem.settings.evaluations
     while left > 0:
         budget = best.crossbars - max(1, best.crossbars // 50)
         known = [e for e in problem.evaluations if e.crossbars <= budget]
-        start = _start(problem, sensitivity, budget) if budget > 0 else None
+        start = stage.start(budget) if budget > 0 else None
         if start is None:
             break
-        region = TrustRegion(problem, sensitivity, budget, min([*known, start], key=lambda e: e.score.loss))
+        region = stage.region(budget, min([*known, start], key=lambda e: e.score.loss))
         while left > 0 and not _meets(problem, goal, region.incumbent.score, 0):
             problem.progress("Bayesian search", problem.settings.evaluations - left, problem.settings.evaluations)
             left -= 1
@@ -260,20 +267,20 @@ def _push_further(problem: Problem, sensitivity: Sensitivity, goal: Goal, best: 
         if not _meets(problem, goal, region.incumbent.score, 0):
             break
         best = region.incumbent
-    refined = _refine(problem, sensitivity, best, min(left, _REFINEMENTS))
+    refined = _refine(problem, stage, best, min(left, _REFINEMENTS))
     if _meets(problem, goal, refined.score, 0):
         best = refined
     problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
     return best
 
 
-def _refine(problem: Problem, sensitivity: Sensitivity, best: Evaluation, evaluations: int) -> Evaluation:
+def _refine(problem: Problem, stage: Stage, best: Evaluation, evaluations: int) -> Evaluation:
     """Lower the loss at the crossbars that were reached: what they have left over gets bits."""
     if not evaluations:
         return best
-    found = [best, _start(problem, sensitivity, best.crossbars)]
+    found = [best, stage.start(best.crossbars)]
     start = min((e for e in found if e is not None), key=lambda e: e.score.loss)
-    region = TrustRegion(problem, sensitivity, best.crossbars, start)
+    region = stage.region(best.crossbars, start)
     for done in range(evaluations):
         problem.progress("Bayesian search, same crossbars", done, evaluations)
         if region.step() is None:

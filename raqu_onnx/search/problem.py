@@ -14,14 +14,15 @@ from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ChipError
 from raqu_onnx.evaluation import Reference, Score, make_session
 from raqu_onnx.placement import DoesNotFitError, count_crossbars, geometries, place
-from raqu_onnx.search.result import Bits, Evaluation
+from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
 from raqu_onnx.session_model import session_model
+from raqu_onnx.shortage import shortage
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.spool import Spool, SpoolError
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -66,6 +67,7 @@ class Problem:
         *,
         max_crossbars: int | None = None,
     ) -> None:
+        self.model = model
         self.quantizer = quantizer
         self.chip = chip
         self.settings = settings
@@ -82,7 +84,7 @@ class Problem:
             model, self.nodes, threads=settings.threads, float_activations=settings.activation_bits is None
         )
         self._scores: dict[Bits, Score] = {}
-        self._counts: dict[tuple[Sharing, tuple[int, ...]], int | None] = {}
+        self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...]], int | None] = {}
         self._matrices: dict[tuple[int, int], Matrix] = {}
         self.cell_cost = self._linear_costs()
 
@@ -94,7 +96,16 @@ class Problem:
             self._matrices[node, bits] = Matrix.of(self.nodes[node].layout, bits)
         return self._matrices[node, bits]
 
-    def crossbars(self, weights: tuple[int, ...], sharing: Sharing | None = None) -> int | None:
+    def matrices(self, weights: tuple[NodeWidth, ...]) -> dict[str, Matrix]:
+        """Weights of all nodes by name, with what follows from dropped kernels."""
+        widths = [width for width in weights if isinstance(width, int)]
+        if len(widths) == len(weights):
+            return {name: self.matrix(node, widths[node]) for node, name in enumerate(self.names)}
+        bits = {name: NodeBits(width, None) for name, width in zip(self.names, weights, strict=True)}
+        pruned = self.quantizer.pruned(bits)
+        return {n.name: Matrix.of(n.layout, pruned.bits[n.name], pruned.row_counts(n)) for n in self.nodes}
+
+    def crossbars(self, weights: tuple[NodeWidth, ...], sharing: Sharing | None = None) -> int | None:
         """Crossbars that the model takes at these weight widths, None when the chip is too small."""
         mode = sharing or self.chip.sharing
         key = (mode, weights)
@@ -102,24 +113,32 @@ class Problem:
             self._counts[key] = self._count(weights, mode)
         return self._counts[key]
 
-    def _count(self, weights: tuple[int, ...], mode: Sharing) -> int | None:
-        matrices = {name: self.matrix(index, weights[index]) for index, name in enumerate(self.names)}
+    def _count(self, weights: tuple[NodeWidth, ...], mode: Sharing) -> int | None:
         try:
-            return place(matrices, self.chip, sharing=mode, max_crossbars=self.max_crossbars).crossbars
+            found = place(self.matrices(weights), self.chip, sharing=mode, max_crossbars=self.max_crossbars)
+            return found.crossbars
         except DoesNotFitError:
             return None
 
-    def packed_crossbars(self, weights: tuple[int, ...]) -> int:
+    def packed_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
         """Crossbars packed as the chip allows, its counts ignored."""
         found = self.crossbars(weights)
         if found is not None:
             return found
-        matrices = {name: self.matrix(index, weights[index]) for index, name in enumerate(self.names)}
-        return place(matrices, self.chip, ignore_counts=True, max_crossbars=self.max_crossbars).crossbars
+        return sum(self._uncounted(weights))
 
-    def exclusive_crossbars(self, weights: tuple[int, ...]) -> int:
+    def shortage(self, weights: tuple[NodeWidth, ...]) -> str:
+        """Which crossbar types run short at these weight widths, in words."""
+        return shortage(self.chip, self._uncounted(weights))
+
+    def _uncounted(self, weights: tuple[NodeWidth, ...]) -> tuple[int, ...]:
+        """Crossbars of each type, the chip's counts ignored."""
+        found = place(self.matrices(weights), self.chip, ignore_counts=True, max_crossbars=self.max_crossbars)
+        return found.crossbars_by_type
+
+    def exclusive_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
         """Crossbars with one node in each, the chip's counts ignored."""
-        return sum(count_crossbars(self.matrix(i, bits), self.chip, "exclusive") for i, bits in enumerate(weights))
+        return sum(count_crossbars(matrix, self.chip, "exclusive") for matrix in self.matrices(weights).values())
 
     def _linear_costs(self) -> NDArray[np.float64]:
         """Cost of each node at each width, which sums to the whole: crossbars if exclusive, else cells."""
@@ -144,8 +163,8 @@ class Problem:
             return float(alone)
         return float(matrix.cells(geometries(self.chip)[0].encoding))
 
-    def cost(self, weights: tuple[int, ...]) -> float:
-        """Sum of the linear costs of a candidate."""
+    def cost(self, weights: Sequence[int]) -> float:
+        """Sum of the linear costs of a candidate with one width for each node."""
         return float(self.cell_cost[np.arange(len(weights)), list(weights)].sum())
 
     # --- quality ----------------------------------------------------------------------------------------------

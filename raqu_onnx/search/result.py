@@ -12,7 +12,20 @@ if TYPE_CHECKING:
 
     from raqu_onnx.evaluation import Score, Task
 
-__all__ = ["Bits", "Evaluation", "Goal", "SearchResult", "SearchSettings", "UniformBaseline", "pareto_front"]
+__all__ = [
+    "Bits",
+    "Evaluation",
+    "Goal",
+    "NodeWidth",
+    "SearchResult",
+    "SearchSettings",
+    "UniformBaseline",
+    "pareto_front",
+]
+
+
+NodeWidth = int | tuple[int, ...]
+"""Weight bits of one node: of all its kernels, or per entry of its scale axis."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,13 @@ class Bits:
         activations: Bits of each node's input, None where inputs stay float.
     """
 
-    weights: tuple[int, ...]
+    weights: tuple[NodeWidth, ...]
     activations: tuple[int, ...] | None
+
+    @property
+    def by_node(self) -> dict[int, int]:
+        """Widths of the nodes whose kernels all have the same one, by position."""
+        return {node: width for node, width in enumerate(self.weights) if isinstance(width, int)}
 
     @classmethod
     def uniform(cls, nodes: int, weight: int, activation: int | None) -> Bits:
@@ -62,6 +80,8 @@ class SearchSettings:
         weight_bits: Smallest and largest weight width.
         activation_bits: Smallest and largest activation width, None to leave activations float.
         evaluations: Candidates that the Bayesian stage may judge on the whole selection set.
+        group: Kernels of a node that must have the same width; 1 for each its own, None for all.
+        drop: Kernels may get 0 bits, where they need not all have the same width.
         sensitivity_samples: Samples on which the effect of each node alone is measured.
         batch_size: Samples per run.
         seed: Seed of everything random.
@@ -76,6 +96,8 @@ class SearchSettings:
     weight_bits: tuple[int, int] = (2, 8)
     activation_bits: tuple[int, int] | None = (8, 8)
     evaluations: int = 24
+    group: int | None = 1
+    drop: bool = True
     sensitivity_samples: int = 256
     batch_size: int = 64
     seed: int = 0
@@ -90,6 +112,11 @@ class SearchSettings:
     def widest(self) -> tuple[int, int | None]:
         """Largest weight and activation width."""
         return self.weight_bits[1], None if self.activation_bits is None else self.activation_bits[1]
+
+    @property
+    def drops(self) -> bool:
+        """Whether the search may drop kernels."""
+        return self.drop and self.group is not None and not self.is_uniform
 
     @property
     def is_uniform(self) -> bool:

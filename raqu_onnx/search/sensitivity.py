@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS
-from raqu_onnx.search.allocation import useful_widths
+from raqu_onnx.search.allocation import kernel_widths, useful_widths
 from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from raqu_onnx.search.problem import Problem
 
 __all__ = ["Sensitivity", "measure_sensitivity"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
     nodes = len(problem.nodes)
     weight, activation = settings.widest
     widest = settings.bits(nodes, weight, activation)
-    jobs = [(node, b, True) for node, widths in enumerate(useful_widths(problem)) for b in widths if b < weight]
+    choices = useful_widths(problem)
+    if settings.group is not None:
+        # Crossbars that a whole node would not save may still be saved by some of its kernels.
+        choices = [sorted({*own, *kernels}) for own, kernels in zip(choices, kernel_widths(problem), strict=True)]
+    jobs = [(node, b, True) for node, widths in enumerate(choices) for b in widths if b < weight]
     if settings.activation_bits is not None and activation is not None:
         free = [node for node in range(nodes) if node not in settings.kept]
         jobs += [(node, b, False) for node in free for b in range(settings.activation_bits[0], activation)]
@@ -61,7 +67,7 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
     return Sensitivity(_falling(weights), None if activations is None else _falling(activations))
 
 
-def _changed(widths: tuple[int, ...], node: int, bits: int) -> tuple[int, ...]:
+def _changed(widths: tuple[T, ...], node: int, bits: T) -> tuple[T, ...]:
     return (*widths[:node], bits, *widths[node + 1 :])
 
 

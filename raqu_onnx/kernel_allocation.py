@@ -1,0 +1,341 @@
+"""Bits for every kernel of a model at a price per cell, and at a budget.
+
+Choosing widths so that the sum of losses is least within a number of cells is a multiple-choice knapsack. With a price
+per cell every kernel decides for itself, and the answer is optimal for the cells that it takes (Everett, "Generalized
+Lagrange multiplier method", Operations Research 11(3), 1963, theorem 1): the convex relaxation of the knapsack
+(Sinha, Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979). The price is found by
+bisection, and what is left of the budget then goes to the kernels that gain most per cell.
+
+Dropping a kernel also saves the rows that it feeds, whose cells depend on the widths of the reader's kernels in turn:
+the prices of rows and the choice of widths are brought into agreement by turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from raqu_onnx.dropping import DropRules
+    from raqu_onnx.encodings import Encoding
+    from raqu_onnx.kernel_losses import NodeLosses
+    from raqu_onnx.layout import MappedNode
+
+__all__ = ["KernelAllocator", "KernelBits", "Taste", "best_within_columns", "grouped"]
+
+KernelBits = dict[str, "NDArray[np.int64]"]
+"""Bits per entry of the scale axis by node name, shape (channels,)."""
+
+Fits = Callable[[KernelBits], bool]
+"""Whether an allocation is within the budget."""
+
+# Turns after which prices of rows and widths agree, or never will.
+_TURNS = 12
+_BISECTIONS = 24
+_FILL_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a search changes about the losses that kernels are allocated by.
+
+    Attributes:
+        nodes: Factor on the losses of a node, by name; 1 where absent.
+        dropping: Factor on the losses of dropped kernels; infinite to drop none.
+    """
+
+    nodes: Mapping[str, float] = field(default_factory=dict)
+    dropping: float = 1.0
+
+
+class KernelAllocator:
+    """Allocates bits to the kernels of one model.
+
+    Args:
+        nodes: The mapped nodes, in graph order; also an attribute.
+        losses: Losses of their kernels.
+        rules: What follows from dropped kernels.
+        encoding: How weights are stored, which gives the cells of a width.
+        groups: Entries of each node's scale axis that must have the same bits, as a number per entry; all apart where
+            a node is absent.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[MappedNode],
+        losses: Mapping[str, NodeLosses],
+        rules: DropRules,
+        encoding: Encoding,
+        groups: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.nodes = list(nodes)
+        self._losses = losses
+        self._rules = rules
+        self._groups = groups or {}
+        self._index = {node.name: node.layout.channel_index() for node in nodes}
+        self._cells = np.array([encoding.cells_per_weight(bits) if bits != 1 else 0 for bits in range(9)], np.int64)
+
+    def cells(self, bits: KernelBits) -> int:
+        """Cells that an allocation programs."""
+        pruned = self._rules.apply(bits)
+        return sum(
+            int(self._rows(node, pruned.row_counts(node)) @ self._cells[pruned.bits[node.name]]) for node in self.nodes
+        )
+
+    def loss(self, bits: KernelBits, taste: Taste) -> float:
+        """Sum of the losses of all kernels; those that only follow a dropped one are counted with it."""
+        total = 0.0
+        for node in self.nodes:
+            table = self.table(node.name, taste)
+            found = table[np.arange(len(table)), bits[node.name]]
+            total += float(found[np.isfinite(found)].sum())
+        return total
+
+    def at_price(self, price: float, taste: Taste) -> KernelBits:
+        """Bits with the least sum of losses and cells at a price in loss per cell."""
+        tables = {node.name: self.table(node.name, taste) for node in self.nodes}
+        bits = {name: np.argmin(np.where(np.arange(9) > 0, table, np.inf), axis=1) for name, table in tables.items()}
+        seen: set[bytes] = set()
+        for _ in range(_TURNS):
+            bits = self._turn(bits, tables, price)
+            key = b"".join(found.tobytes() for found in bits.values())
+            if key in seen:
+                break
+            seen.add(key)
+        return bits
+
+    def _turn(self, bits: KernelBits, tables: Mapping[str, NDArray[np.float64]], price: float) -> KernelBits:
+        """Widths at the row prices that the widths before give."""
+        pruned = self._rules.apply(bits)
+        chosen: KernelBits = {}
+        kept: dict[str, NDArray[np.float64]] = {}
+        credit: dict[str, NDArray[np.float64]] = {}
+        for node in reversed(self.nodes):
+            name = node.name
+            rows = self._rows(node, pruned.row_counts(node))
+            cost = self._together(name, tables[name] + price * rows[:, None] * self._cells)
+            cost[:, 0] = np.inf
+            wide = np.argmin(cost, axis=1)
+            kept[name] = cost[np.arange(len(cost)), wide]
+            credit[name] = self._credit(node, pruned.bits)
+            for entry, followers in self._losses[name].followers.items():
+                for item in followers:
+                    kept[name][entry] += kept[item.name][item.channel]
+                    credit[name][entry] += credit[item.name][item.channel]
+            dropped = self._together(name, tables[name][:, :1] - price * credit[name][:, None])[:, 0]
+            chosen[name] = np.where(dropped < kept[name], 0, wide)
+            if not chosen[name].any():
+                # A node that computes nothing at all is no longer the same model.
+                best = np.flatnonzero(self._group(name) == self._group(name)[np.argmax(dropped - kept[name])])
+                chosen[name][best] = wide[best]
+        return {node.name: chosen[node.name] for node in self.nodes}
+
+    def _group(self, name: str) -> NDArray[np.int64]:
+        return self._groups.get(name, np.arange(len(self._losses[name].loss)))
+
+    def _together(self, name: str, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Costs of each entry's whole group, shape as given."""
+        if name not in self._groups:
+            return costs
+        index = self._groups[name]
+        total = np.zeros((int(index.max()) + 1, costs.shape[1]))
+        np.add.at(total, index, costs)
+        return total[index]
+
+    def members(self, name: str) -> tuple[NDArray[np.int64], list[int]]:
+        """Number of the group of every entry of a node's scale axis, from 0 on, and the first entry of each group."""
+        _, firsts, groups = np.unique(self._group(name), return_index=True, return_inverse=True)
+        return groups, firsts.tolist()
+
+    def table(self, name: str, taste: Taste) -> NDArray[np.float64]:
+        """Losses of a node's kernels at every width under a taste, shape (channels, 9)."""
+        table = self._losses[name].loss * taste.nodes.get(name, 1.0)
+        table[:, 0] = np.inf if math.isinf(taste.dropping) else table[:, 0] * taste.dropping
+        return table
+
+    def _rows(self, node: MappedNode, counts: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Stored rows under each entry of the scale axis, over all groups that share it, shape (channels,)."""
+        index = self._index[node.name]
+        per_group = np.full(len(index), node.layout.rows) if counts is None else counts
+        rows = np.zeros(node.layout.channels, np.int64)
+        np.add.at(rows, index, per_group[:, None])
+        return rows
+
+    def _credit(self, node: MappedNode, bits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+        """Cells of the rows that each entry of a node's scale axis feeds, shape (channels,)."""
+        index = self._index[node.name].reshape(-1)
+        saved = np.zeros(index.size)
+        for reader in self._rules.flows[node.name].readers if self._rules.flows[node.name].absorbable else ():
+            if reader.keeps_zero:
+                per_row = self._cells[bits[reader.name]][self._index[reader.name]].sum(axis=1)
+                fed = reader.owner >= 0
+                np.add.at(saved, reader.owner[fed], np.broadcast_to(per_row[:, None], reader.owner.shape)[fed])
+        return np.asarray(np.bincount(index, saved, node.layout.channels), np.float64)
+
+    # --- a budget -----------------------------------------------------------------------------------------------
+
+    def within(self, fits: Fits, taste: Taste) -> KernelBits | None:
+        """Bits of least loss that fit, None where nothing does.
+
+        Args:
+            fits: Whether an allocation is within the budget; more cells never fit where fewer do not.
+            taste: Factors on the losses.
+
+        Returns:
+            Bits, None where nothing fits.
+        """
+        low, high = self._prices(taste)
+        best = self.at_price(high, taste)
+        if not fits(best):
+            return None
+        above = self.at_price(low, taste)
+        if fits(above):
+            return above
+        for _ in range(_BISECTIONS):
+            middle = math.sqrt(low * high)
+            found = self.at_price(middle, taste)
+            if fits(found):
+                best, high = found, middle
+            else:
+                above, low = found, middle
+        return self._fill(best, fits, taste)
+
+    def _prices(self, taste: Taste) -> tuple[float, float]:
+        """Prices at which cells cost next to nothing, and more than any loss."""
+        tables = [self.table(node.name, taste) for node in self.nodes]
+        losses = np.concatenate([table[np.isfinite(table) & (table > 0)] for table in tables])
+        most = float(losses.max(initial=1e-12))
+        return most * 1e-14, most * 1e3
+
+    def _fill(self, bits: KernelBits, fits: Fits, taste: Taste) -> KernelBits:
+        """Spend what is left of the budget on the widths that gain most per cell."""
+        for _ in range(_FILL_ROUNDS):
+            steps = self._upgrades(bits, taste)
+            low, high = 0, len(steps)
+            while low < high:
+                middle = (low + high + 1) // 2
+                if fits(_upgraded(bits, steps[:middle])):
+                    low = middle
+                else:
+                    high = middle - 1
+            bits = _upgraded(bits, steps[:low])
+            if low < len(steps):
+                # The next one is too large; smaller ones behind it may still go in.
+                rest = [step for step in steps[low + 1 :] if step.cells < steps[low].cells]
+                bits = self._fill_singly(bits, rest[:_FILL_ROUNDS], fits)
+            if not low:
+                break
+        return bits
+
+    def _fill_singly(self, bits: KernelBits, steps: Sequence[_Step], fits: Fits) -> KernelBits:
+        for step in steps:
+            trial = _upgraded(bits, [step])
+            if fits(trial):
+                bits = trial
+        return bits
+
+    def _upgrades(self, bits: KernelBits, taste: Taste) -> list[_Step]:
+        """The next width of every group of kernels, by falling gain per cell."""
+        pruned = self._rules.apply(bits)
+        steps: list[_Step] = []
+        for node in self.nodes:
+            table = self._together(node.name, self.table(node.name, taste))
+            own_rows = self._rows(node, pruned.row_counts(node)).astype(np.float64)
+            rows = self._together(node.name, own_rows[:, None])[:, 0]
+            group, firsts = self.members(node.name)
+            current = bits[node.name]
+            for entry in firsts:
+                here = int(current[entry])
+                wider = np.flatnonzero(np.isfinite(table[entry]) & (np.arange(9) > here))
+                if not here or not wider.size:
+                    continue
+                cells = int(rows[entry]) * (self._cells[wider] - self._cells[here])
+                gains = (table[entry, here] - table[entry, wider]) / np.maximum(cells, 1e-9)
+                best = int(np.argmax(gains))
+                if gains[best] > 0:
+                    members = np.flatnonzero(group == group[entry])
+                    steps.append(_Step(float(gains[best]), node.name, members, int(wider[best]), int(cells[best])))
+        return sorted(steps, key=lambda step: -step.gain)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One group of kernels made wider."""
+
+    gain: float
+    name: str
+    entries: NDArray[np.int64]
+    bits: int
+    cells: int
+
+
+def _upgraded(bits: KernelBits, steps: Sequence[_Step]) -> KernelBits:
+    changed = {step.name: bits[step.name].copy() for step in steps}
+    for step in steps:
+        changed[step.name][step.entries] = step.bits
+    return {**bits, **changed}
+
+
+def grouped(losses: NodeLosses, size: int) -> NDArray[np.int64]:
+    """Groups of kernels alike in loss, so that they can share a width.
+
+    Args:
+        losses: Losses of one node's kernels.
+        size: Kernels in a group; the last one may have fewer.
+
+    Returns:
+        Number of its group for every entry of the scale axis.
+    """
+    table = np.where(np.isfinite(losses.loss), losses.loss, 0.0)
+    rank = np.empty(len(table), np.int64)
+    rank[np.argsort(-table[:, 1:].max(axis=1), kind="stable")] = np.arange(len(table))
+    return rank // size
+
+
+def best_within_columns(
+    loss: NDArray[np.float64], columns: NDArray[np.int64], budget: int
+) -> tuple[NDArray[np.int64], float]:
+    """Widths of one node's kernels with the least sum of losses within a number of columns: exact.
+
+    Dynamic programming over columns, `O(kernels * widths * budget)`.
+
+    Args:
+        loss: Loss of every kernel at every width, shape (kernels, widths); infinite where a width is not allowed.
+        columns: Columns that each width takes, shape (widths,).
+        budget: Most columns.
+
+    Returns:
+        Index of the width of each kernel, shape (kernels,), and the sum of losses.
+
+    Raises:
+        ValueError: No choice fits.
+    """
+    kernels = len(loss)
+    best = np.zeros(budget + 1)
+    choice = np.zeros((kernels, budget + 1), np.int8)
+    for kernel in range(kernels):
+        found = np.full(budget + 1, np.inf)
+        for width, taken in enumerate(columns.tolist()):
+            if taken > budget or not math.isfinite(loss[kernel, width]):
+                continue
+            trial = best[: budget + 1 - taken] + loss[kernel, width]
+            better = trial < found[taken:]
+            found[taken:][better] = trial[better]
+            choice[kernel, taken:][better] = width
+        best = found
+    if not math.isfinite(best[budget]):
+        raise ValueError(f"{kernels} kernels do not fit {budget} columns at any width")
+    widths = np.empty(kernels, np.int64)
+    left = budget
+    for kernel in range(kernels - 1, -1, -1):
+        widths[kernel] = choice[kernel, left]
+        left -= int(columns[widths[kernel]])
+    return widths, float(best[budget])

@@ -1,0 +1,188 @@
+"""The second stage: bits for every kernel, or for groups of kernels, within the budget.
+
+Kernels never enter the Bayesian search: `raqu_onnx.kernel_allocation` gives them their bits, from losses that add up.
+What does not add up is learned on the level of nodes: the search moves a factor on the losses of each node, and one on
+the losses of all dropped kernels, in half powers of two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.error_curves import error_curves
+from raqu_onnx.errors import ConfigError
+from raqu_onnx.exclusive_allocation import ExclusiveAllocator
+from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
+from raqu_onnx.kernel_losses import kernel_losses
+from raqu_onnx.placement import count_crossbars, geometries
+from raqu_onnx.search.allocation import kernel_widths
+from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.result import Bits
+from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
+
+if TYPE_CHECKING:
+    from raqu_onnx.dropping import DropRules
+    from raqu_onnx.search.problem import Problem
+    from raqu_onnx.search.result import Evaluation
+    from raqu_onnx.search.sensitivity import Sensitivity
+    from raqu_onnx.tiling import ArrayGeometry
+
+__all__ = ["KernelStage"]
+
+# Half powers of two by which the search may change the losses of a node, and of dropped kernels.
+_REACH = 8
+# Factors on the losses of dropped kernels that a start tries: the estimate knows nothing of how drops add up.
+_DROP_STARTS = (0, 3, 6)
+_NO_DROP = 40
+# Crossbars above a budget up to which they are saved one by one where each serves one node. Models so large that there
+# are more fill their crossbars anyway: for them cells tell enough.
+_MOST_STEPS = 400
+
+
+class KernelStage:
+    """Bits for every kernel.
+
+    Args:
+        problem: Costs and scores.
+        sensitivity: Additive losses of nodes.
+    """
+
+    def __init__(self, problem: Problem, sensitivity: Sensitivity) -> None:
+        self._problem = problem
+        self._layers = LayerStage(problem, sensitivity)
+        self._known: dict[Bits, list[int]] = {}
+        self._alone: dict[tuple[str, bytes, bytes], int] = {}
+        self._allocator = self._make_allocator(sensitivity)
+
+    def _make_allocator(self, sensitivity: Sensitivity) -> KernelAllocator:
+        problem, settings = self._problem, self._problem.settings
+        widths = dict(zip(problem.names, kernel_widths(problem), strict=True))
+        everything = sorted({bits for choices in widths.values() for bits in choices})
+        losses = kernel_losses(
+            problem.quantizer,
+            error_curves(problem.model, problem.quantizer, widths=everything),
+            _rules(problem),
+            dict(zip(problem.names, sensitivity.weights, strict=True)),
+            widths,
+            may_drop=frozenset(
+                name for node, name in enumerate(problem.names) if settings.drops and node not in settings.kept
+            ),
+        )
+        size = settings.group or 1
+        groups = {name: grouped(item, size) for name, item in losses.items()} if size > 1 else {}
+        encoding = geometries(problem.chip)[0].encoding
+        return KernelAllocator(problem.nodes, losses, _rules(problem), encoding, groups)
+
+    @property
+    def fewest_crossbars(self) -> int:
+        """One where kernels can be dropped, else those of the smallest widths."""
+        return 1 if self._problem.settings.drops else self._layers.fewest_crossbars
+
+    def start(self, crossbars: int) -> Evaluation | None:
+        """The best of several allocations for a budget, and of the integer program's widths of nodes."""
+        found = [self._layers.start(crossbars)]
+        drops = _DROP_STARTS if self._problem.settings.drops else ()
+        for exponent in (*drops, _NO_DROP):
+            bits = self.allocate([0] * len(self._problem.nodes) + [exponent], crossbars)
+            found.append(None if bits is None else self._problem.evaluate(bits, "kernel allocation"))
+        return min((e for e in found if e is not None), key=lambda e: e.score.loss, default=None)
+
+    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+        """A search of the factors around a candidate, or of widths of nodes where that is what is best so far."""
+        if incumbent.bits not in self._known:
+            return self._layers.region(crossbars, incumbent)
+        return TrustRegion(self._problem, _KernelSpace(self, self._problem, crossbars, incumbent), incumbent)
+
+    def allocate(self, vector: list[int], crossbars: int, activations: tuple[int, ...] | None = None) -> Bits | None:
+        """Bits of all kernels for one exponent per node and one for dropping, None where none fit the budget."""
+        *nodes, dropping = vector
+        taste = Taste(
+            {name: _factor(exponent) for name, exponent in zip(self._problem.names, nodes, strict=True)},
+            math.inf if dropping >= _NO_DROP else _factor(dropping),
+        )
+
+        def fits(bits: KernelBits) -> bool:
+            count = self._problem.crossbars(self._weights(bits))
+            return count is not None and count <= crossbars
+
+        if self._problem.chip.sharing == "exclusive" and self._steps_to(crossbars) <= _MOST_STEPS:
+            exclusive = ExclusiveAllocator(self._allocator, _rules(self._problem), self._geometry, self._counts)
+            found = exclusive.within(crossbars, taste)
+        else:
+            found = self._allocator.within(fits, taste)
+        if found is None:
+            return None
+        bits = Bits(self._weights(found), activations or widest_activations(self._problem))
+        self._known.setdefault(bits, vector)
+        return bits
+
+    @property
+    def _geometry(self) -> ArrayGeometry:
+        return geometries(self._problem.chip)[0]
+
+    def _steps_to(self, crossbars: int) -> int:
+        """Crossbars that the widest widths take beyond a budget."""
+        widest = tuple(self._problem.settings.weight_limits(node)[1] for node in range(len(self._problem.nodes)))
+        return self._problem.exclusive_crossbars(widest) - crossbars
+
+    def _counts(self, bits: KernelBits) -> dict[str, int]:
+        """Crossbars that each node takes alone."""
+        found = {}
+        for name, matrix in self._problem.matrices(self._weights(bits)).items():
+            key = (name, matrix.bits.tobytes(), matrix.row_counts.tobytes())
+            if key not in self._alone:
+                self._alone[key] = count_crossbars(matrix, self._problem.chip, "exclusive")
+            found[name] = self._alone[key]
+        return found
+
+    def vector(self, bits: Bits) -> list[int] | None:
+        """The exponents that gave an allocation."""
+        return self._known.get(bits)
+
+    def _weights(self, bits: KernelBits) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(bits[name].tolist()) for name in self._problem.names)
+
+
+@dataclass
+class _KernelSpace:
+    """Exponents of the nodes' factors and of that on dropping, then activation widths where these are searched."""
+
+    stage: KernelStage
+    problem: Problem
+    crossbars: int
+    incumbent: Evaluation
+    _activations: list[tuple[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._activations = searched_activations(self.problem)
+
+    @property
+    def limits(self) -> list[tuple[int, int]]:
+        """Limits of the exponents and widths."""
+        dropping = (-_REACH, _NO_DROP) if self.problem.settings.drops else (_NO_DROP, _NO_DROP)
+        return [(-_REACH, _REACH)] * len(self.problem.nodes) + [dropping] + self._activations
+
+    def vector(self, bits: Bits) -> list[int] | None:
+        """Exponents that gave an allocation, and its activation widths."""
+        found = self.stage.vector(bits)
+        return None if found is None else [*found, *(bits.activations or () if self._activations else ())]
+
+    def candidate(self, vector: list[int]) -> Bits | None:
+        """The allocation for these exponents."""
+        exponents = len(self.problem.nodes) + 1
+        activations = tuple(vector[exponents:]) or self.incumbent.bits.activations
+        return self.stage.allocate(vector[:exponents], self.crossbars, activations)
+
+
+def _factor(exponent: int) -> float:
+    return float(np.exp2(exponent / 2))
+
+
+def _rules(problem: Problem) -> DropRules:
+    if problem.quantizer.rules is None:
+        raise ConfigError("bits per kernel need to know what reads each kernel: build the quantizer from the model")
+    return problem.quantizer.rules

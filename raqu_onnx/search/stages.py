@@ -1,0 +1,116 @@
+"""What is searched within a budget of crossbars: one width for each node, or bits for each kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
+from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.result import Bits
+
+if TYPE_CHECKING:
+    from raqu_onnx.search.problem import Problem
+    from raqu_onnx.search.result import Evaluation
+    from raqu_onnx.search.sensitivity import Sensitivity
+
+__all__ = ["LayerStage", "Stage", "searched_activations", "widest_activations"]
+
+
+class Stage(Protocol):
+    """Candidates within budgets."""
+
+    @property
+    def fewest_crossbars(self) -> int:
+        """No candidate takes fewer."""
+
+    def start(self, crossbars: int) -> Evaluation | None:
+        """The best candidate that can be computed for a budget, judged; None where nothing fits."""
+
+    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+        """A Bayesian search within a budget from a candidate on."""
+
+
+def widest_activations(problem: Problem) -> tuple[int, ...] | None:
+    """The activation widths that a search starts from."""
+    activation = problem.settings.widest[1]
+    return None if activation is None else problem.settings.activations(len(problem.nodes), activation)
+
+
+def searched_activations(problem: Problem) -> list[tuple[int, int]]:
+    """Limits of the activation widths that are searched, one for each node; none where widths are fixed or float."""
+    widths = problem.settings.activation_bits
+    if widths is None or widths[0] == widths[1]:
+        return []
+    limits = (problem.settings.activation_limits(node) for node in range(len(problem.nodes)))
+    return [bits for bits in limits if bits is not None]
+
+
+class LayerStage:
+    """One width for each node.
+
+    Args:
+        problem: Costs and scores.
+        sensitivity: Additive losses of nodes.
+    """
+
+    def __init__(self, problem: Problem, sensitivity: Sensitivity) -> None:
+        self._problem = problem
+        self._sensitivity = sensitivity
+
+    @property
+    def lowest(self) -> tuple[int, ...]:
+        """The smallest weight width of every node."""
+        limits = (self._problem.settings.weight_limits(node) for node in range(len(self._problem.nodes)))
+        return tuple(low for low, _ in limits)
+
+    @property
+    def fewest_crossbars(self) -> int:
+        """Crossbars of the smallest widths."""
+        return self._problem.crossbars(self.lowest) or 1
+
+    def start(self, crossbars: int) -> Evaluation | None:
+        """The integer program's answer for a budget, filled up, judged."""
+        loss = self._sensitivity.weights
+        weights = solve_integer_program(self._problem, loss, crossbars) or self.lowest
+        fitted = fit_to_budget(self._problem, weights, loss, crossbars)
+        if fitted is None:
+            return None
+        return self._problem.evaluate(Bits(fitted, widest_activations(self._problem)), "integer program")
+
+    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+        """A search of widths around a candidate."""
+        return TrustRegion(
+            self._problem, _LayerSpace(self._problem, self._sensitivity, crossbars, incumbent), incumbent
+        )
+
+
+@dataclass
+class _LayerSpace:
+    """Widths of the nodes, and of their inputs where these are searched."""
+
+    problem: Problem
+    sensitivity: Sensitivity
+    crossbars: int
+    incumbent: Evaluation
+
+    @property
+    def limits(self) -> list[tuple[int, int]]:
+        """Smallest and largest widths."""
+        settings = self.problem.settings
+        nodes = range(len(self.problem.nodes))
+        return [settings.weight_limits(node) for node in nodes] + searched_activations(self.problem)
+
+    def vector(self, bits: Bits) -> list[int] | None:
+        """The widths, None where kernels of a node have different ones."""
+        widths = bits.by_node
+        if len(widths) < len(bits.weights):
+            return None
+        return [*widths.values(), *(bits.activations or () if searched_activations(self.problem) else ())]
+
+    def candidate(self, vector: list[int]) -> Bits | None:
+        """The widths, brought into the budget."""
+        nodes = len(self.problem.nodes)
+        weights = fit_to_budget(self.problem, tuple(vector[:nodes]), self.sensitivity.weights, self.crossbars)
+        activations = tuple(vector[nodes:]) or self.incumbent.bits.activations
+        return None if weights is None else Bits(weights, activations)
