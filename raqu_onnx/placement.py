@@ -17,7 +17,7 @@ from raqu_onnx.placement_problem import MixedPlacement, Problem
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from raqu_onnx.hardware import Chip, Sharing
 
@@ -31,7 +31,6 @@ __all__ = [
     "PlacementMethod",
     "count_crossbars",
     "geometries",
-    "lower_bound",
     "place",
 ]
 
@@ -320,17 +319,3 @@ def count_crossbars(matrix: Matrix, chip: Chip, sharing: Sharing | None = None) 
     if best is None:
         raise error or ChipError(f"chip {chip.name} has no crossbar type")
     return best
-
-
-def lower_bound(
-    matrices: Sequence[Matrix],
-    shapes: Sequence[ArrayGeometry],
-    counts: Sequence[int | None],
-    sharing: Sharing = "time",
-) -> int:
-    """Fewest crossbars that could hold the weights, one copy of each, see `raqu_onnx.bounds`.
-
-    Raises:
-        DoesNotFitError: Several types together have fewer cells than the weights.
-    """
-    return fewest_crossbars(matrices, shapes, counts, sharing)

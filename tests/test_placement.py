@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raqu_onnx.bounds import fewest_crossbars
 from raqu_onnx.encodings import SignedEncoding
 from raqu_onnx.errors import ChipError
 from raqu_onnx.hardware import Chip, Sharing
-from raqu_onnx.placement import DoesNotFitError, Placement, count_crossbars, geometries, lower_bound, place
+from raqu_onnx.placement import DoesNotFitError, Placement, count_crossbars, geometries, place
 from raqu_onnx.tiling import Matrix, column_order
 
 SHARINGS = get_args(Sharing)
@@ -209,18 +210,18 @@ def test_lower_bound_of_a_mixed_chip(
         if sum(count * shape.cells for count, shape in zip(picked, shapes, strict=True)) >= cells
     ]
     if enough:
-        assert lower_bound(list(matrices.values()), shapes, limits) == min(enough)
+        assert fewest_crossbars(list(matrices.values()), shapes, limits) == min(enough)
     else:
         with pytest.raises(DoesNotFitError, match=r"^the weights have more cells than the chip; use fewer bits"):
-            lower_bound(list(matrices.values()), shapes, limits)
+            fewest_crossbars(list(matrices.values()), shapes, limits)
 
 
 def test_lower_bound_of_cells_that_differ_in_bits() -> None:
     # 8 bits: eight 1-bit cells, or two 4-bit cells. 1000 weights fill 4 crossbars of the second type, 16 of the first.
     chip = chip_of({"rows": 50, "cols": 10, "cell_bits": 1}, {"rows": 50, "cols": 10, "cell_bits": 4, "count": 3})
     # 750 weights go to the three with 4 bits, the other 250 (2000 cells) to four more.
-    assert lower_bound([uniform(100, 10, 8)], geometries(chip), [None, 3]) == 7
-    assert lower_bound([uniform(100, 10, 8)], geometries(chip), [None, None]) == 4
+    assert fewest_crossbars([uniform(100, 10, 8)], geometries(chip), [None, 3]) == 7
+    assert fewest_crossbars([uniform(100, 10, 8)], geometries(chip), [None, None]) == 4
 
 
 @pytest.mark.parametrize(
