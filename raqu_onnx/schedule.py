@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import networkx as nx
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import networkx as nx
 
 __all__ = ["Pipeline", "Sequential", "Stage", "pipeline", "sequential", "stage_graph"]
 
@@ -75,6 +75,9 @@ def stage_graph(stages: Sequence[Stage]) -> nx.DiGraph[str]:
     Returns:
         An acyclic graph whose nodes carry `cycles`.
     """
+    # Large, and whoever only quantizes needs no schedule.
+    import networkx as nx
+
     graph: nx.DiGraph[str] = nx.DiGraph()
     for stage in stages:
         before = {name for name in (*stage.after, *stage.rivals) if name in graph}

@@ -233,7 +233,9 @@ class _Case:
                 )
                 for index in range(int(self.rng.integers(1, 3)))
             )
-            chip = chip.model_copy(update={"crossbars": kinds, "hierarchy": None, "sources": {}})
+            chip = chip.model_copy(
+                update={"crossbars": kinds, "hierarchy": None, "column_turn_ns": None, "sources": {}}
+            )
         return chip.model_copy(update={"sharing": str(self.rng.choice(["exclusive", "diagonal", "time"]))})
 
     # --- checks -----------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Bits per kernel from end to end: within the budget, in the granularity asked for, valid to the last cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from raqu_onnx.config import OptimizeConfig
+from raqu_onnx.errors import ConfigError
+from raqu_onnx.hardware import Chip, CrossbarType
+from raqu_onnx.manifest import read_manifest
+from raqu_onnx.manifest_view import ManifestView
+from raqu_onnx.optimization import optimize
+from raqu_onnx.placement import DoesNotFitError
+from raqu_onnx.validation import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx
+
+    Net = Callable[..., onnx.ModelProto]
+    Data = Callable[..., dict[str, np.ndarray]]
+
+
+def chip(sharing: str = "time", rows: int = 16, cols: int = 16) -> Chip:
+    return Chip(
+        schema_version=1,
+        name="small",
+        encoding="offset",
+        sharing=sharing,  # type: ignore[arg-type]
+        dac_bits=1,
+        crossbars=(CrossbarType(name="main", rows=rows, cols=cols, cell_bits=2),),
+    )
+
+
+def run(net: onnx.ModelProto, data: Data, out: Path, sharing: str = "time", **settings: Any) -> Any:
+    config = OptimizeConfig(evaluations=2, sensitivity_samples=16, seed=3, **settings)
+    return optimize(net, out, calibration=data(48), selection=data(32, 2), chip=chip(sharing), config=config)
+
+
+def kernel_bits(out: Path) -> dict[str, np.ndarray]:
+    view = ManifestView(read_manifest(out / "manifest.json"))
+    return {name: node.channel_bits for name, node in view.nodes.items()}
+
+
+@pytest.mark.parametrize("sharing", ["exclusive", "diagonal", "time"])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_budgets_below_the_smallest_widths_are_met_by_dropping_kernels(
+    tmp_path: Path, small_net: Net, small_data: Data, sharing: str, depthwise: bool
+) -> None:
+    net = small_net(depthwise=depthwise)
+    with pytest.raises(DoesNotFitError, match="too few"):
+        run(net, small_data, tmp_path / "none", sharing, max_crossbars=1, drop=False)
+    budget = 4 if sharing == "exclusive" else 3
+    result = run(net, small_data, tmp_path / "out", sharing, max_crossbars=budget, cells=True)
+    assert result.figures[-1].crossbars <= budget
+    assert validate(tmp_path / "out").passed
+    manifest = read_manifest(tmp_path / "out" / "manifest.json")
+    if not depthwise:
+        assert manifest.totals.dropped_kernels > 0
+        assert any(node.rows_not_stored for node in manifest.nodes)
+
+
+def test_groups_of_kernels_share_a_width(tmp_path: Path, small_net: Net, small_data: Data) -> None:
+    run(small_net(), small_data, tmp_path / "out", max_crossbars=6, granularity="group:4")
+    for name, bits in kernel_bits(tmp_path / "out").items():
+        _, counts = np.unique(bits, return_counts=True)
+        # Eight kernels in groups of four; the last layer has five classes.
+        assert all(count % 4 == 0 for count in counts) or name == "fc", (name, bits)
+
+
+def test_layers_have_one_width_each(tmp_path: Path, small_net: Net, small_data: Data) -> None:
+    run(small_net(), small_data, tmp_path / "out", max_crossbars=8, granularity="layer")
+    assert all(len(set(bits.tolist())) == 1 for bits in kernel_bits(tmp_path / "out").values())
+
+
+def test_no_drop_keeps_every_kernel(tmp_path: Path, small_net: Net, small_data: Data) -> None:
+    run(small_net(), small_data, tmp_path / "out", max_crossbars=8, drop=False)
+    assert all((bits >= 2).all() for bits in kernel_bits(tmp_path / "out").values())
+
+
+def test_kept_nodes_keep_all_their_kernels(tmp_path: Path, small_net: Net, small_data: Data) -> None:
+    run(small_net(), small_data, tmp_path / "out", max_crossbars=7, keep=("first",))
+    assert kernel_bits(tmp_path / "out")["conv1"].tolist() == [8] * 8
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path: Path, small_net: Net, small_data: Data) -> None:
+    for name in ("one", "two"):
+        run(small_net(), small_data, tmp_path / name, max_crossbars=5)
+    for file in ("model.onnx", "manifest.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert all(len(item["weights"]) == 3 for item in report["front"])
+
+
+@pytest.mark.parametrize("text", ["group:0", "group:", "groups:3", "channel", "", "group:-1"])
+def test_a_granularity_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="layer, kernel or group:N"):
+        OptimizeConfig(granularity=text)
