@@ -36,7 +36,7 @@ __all__ = ["KernelStage"]
 # Half powers of two by which the search may change the losses of a node, and of dropped kernels.
 _REACH = 8
 # Factors on the losses of dropped kernels that a start tries: the estimate knows nothing of how drops add up.
-_DROP_STARTS = (0, 3, 6)
+_DROP_STARTS = (6, 3, 0)
 _NO_DROP = 40
 # Crossbars above a budget up to which they are saved one by one where each serves one node. Models so large that there
 # are more fill their crossbars anyway: for them cells tell enough.
@@ -57,6 +57,9 @@ class KernelStage:
         self._known: dict[Bits, list[int]] = {}
         self._alone: dict[tuple[str, bytes, bytes], int] = {}
         self._allocator = self._make_allocator(sensitivity)
+        # From no dropping to ever more; None stands for the integer program's widths of nodes.
+        self._all_starts: list[int | None] = [None, _NO_DROP, *(_DROP_STARTS if problem.settings.drops else ())]
+        self._starts = self._all_starts
 
     def _make_allocator(self, sensitivity: Sensitivity) -> KernelAllocator:
         problem, settings = self._problem, self._problem.settings
@@ -83,13 +86,25 @@ class KernelStage:
         return 1 if self._problem.settings.drops else self._layers.fewest_crossbars
 
     def start(self, crossbars: int) -> Evaluation | None:
-        """The best of several allocations for a budget, and of the integer program's widths of nodes."""
-        found = [self._layers.start(crossbars)]
-        drops = _DROP_STARTS if self._problem.settings.drops else ()
-        for exponent in (*drops, _NO_DROP):
-            bits = self.allocate([0] * len(self._problem.nodes) + [exponent], crossbars)
-            found.append(None if bits is None else self._problem.evaluate(bits, "kernel allocation"))
-        return min((e for e in found if e is not None), key=lambda e: e.score.loss, default=None)
+        """The best of several allocations for a budget, and of the integer program's widths of nodes.
+
+        Later budgets try what was best before, and a little more dropping: tighter ones want it.
+        """
+        nodes = [0] * len(self._problem.nodes)
+        found: dict[int | None, Evaluation] = {}
+        for exponent in self._starts:
+            if exponent is None:
+                layers = self._layers.start(crossbars)
+                found |= {} if layers is None else {None: layers}
+                continue
+            bits = self.allocate([*nodes, exponent], crossbars)
+            found |= {} if bits is None else {exponent: self._problem.evaluate(bits, "kernel allocation")}
+        if not found:
+            return None
+        best = min(found, key=lambda exponent: found[exponent].score.loss)
+        order = self._all_starts
+        self._starts = order[order.index(best) :][:2]
+        return found[best]
 
     def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
         """A search of the factors around a candidate, or of widths of nodes where that is what is best so far."""
