@@ -156,7 +156,8 @@ def _print(manifest: Manifest) -> None:
     ]
     rows = []
     for node in (_node(entry, manifest) for entry in manifest.nodes):
-        bits = ",".join(map(str, node["weight_bits"]))
+        widest, *_, narrowest = (*node["weight_bits"], *node["weight_bits"])
+        bits = str(widest) if widest == narrowest else f"{narrowest}-{widest}"
         activation, mvms = (str("?" if node[k] is None else node[k]) for k in ("activation_bits", "mvms"))
         sizes = (str(node[key]) for key in ("groups", "rows", "kernels"))
         kinds = [",".join(node["crossbar_types"])] if several else []
@@ -174,7 +175,7 @@ def _print(manifest: Manifest) -> None:
             ]
         )
     print_table(out, headers, rows, right=[i for i in range(2, len(headers)) if headers[i] != "type"])
-    out.print(f"{MATRIX_LEGEND}; W, A: bits of weights and of the input")
+    out.print(f"{MATRIX_LEGEND}; W, A: bits of weights (0: dropped) and of the input")
     print_costs([("one inference", totals.cost)])
     print_partitions(manifest.partitions)
     for item in manifest.unmapped:
