@@ -11,7 +11,7 @@ over its blocks:
 
 Blocks in a crossbar do not overlap (`time`: its cells bound the first sum), or share neither rows nor columns
 (`diagonal`: its lines bound the other two as well; `exclusive`: the same for every node by itself, rounded up node by
-node). With several crossbar types an integer program splits every node freely over the types.
+node). With several crossbar types an integer program splits every group freely over the types.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from raqu_onnx.errors import ChipError
 from raqu_onnx.native_output import no_native_output
-from raqu_onnx.tiling import column_cuts, column_order
+from raqu_onnx.tiling import Matrix, column_cuts, column_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.hardware import Sharing
-    from raqu_onnx.tiling import ArrayGeometry, Matrix
+    from raqu_onnx.tiling import ArrayGeometry
 
 __all__ = ["Demand", "DoesNotFitError", "demand", "fewest_cells", "fewest_crossbars", "fewest_slots"]
 
@@ -142,7 +142,7 @@ def fewest_crossbars(
     if len(shapes) == 1:
         return _slots(_by_node(nodes, shapes, copies), shapes[0], sharing) * shapes[0].encoding.arrays_per_placement
     costs = [shape.encoding.arrays_per_placement for shape in shapes]
-    return _several_types(_by_node(nodes, shapes, copies), shapes, counts, sharing, costs)
+    return _several_types(_by_group(nodes, shapes, copies), shapes, counts, sharing, costs)
 
 
 def fewest_cells(
@@ -156,10 +156,10 @@ def fewest_cells(
     if len(shapes) == 1:
         return _slots(_by_node(nodes, shapes, copies), shapes[0], sharing) * shapes[0].cells
     costs = [shape.cells for shape in shapes]
-    return _several_types(_by_node(nodes, shapes, copies), shapes, counts, sharing, costs)
+    return _several_types(_by_group(nodes, shapes, copies), shapes, counts, sharing, costs)
 
 
-#: Demand of a node on each type, and how many copies of it there are.
+#: Demand of a node, or of one of its groups, on each type, and how many of it there are.
 _Demands = list[tuple[tuple[Demand | None, ...], int]]
 
 
@@ -167,10 +167,33 @@ def _by_node(nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], copies: S
     """What each node takes; nodes that are alike count as copies, and those that take nothing are left out."""
     found: dict[tuple[Demand | None, ...], int] = {}
     for matrix, count in zip(nodes, (1,) * len(nodes) if copies is None else copies, strict=True):
-        own = tuple(demand(matrix, shape, partly=len(shapes) > 1) for shape in shapes)
+        own = tuple(demand(matrix, shape) for shape in shapes)
         if any(part is None or part.cells for part in own):
             found[own] = found.get(own, 0) + count
     return list(found.items())
+
+
+def _by_group(
+    nodes: Sequence[Matrix], shapes: Sequence[ArrayGeometry], copies: Sequence[int] | None
+) -> list[tuple[_Demands, int]]:
+    """What the groups of each node take, and how many copies of the node there are.
+
+    Groups of one node may differ in shape, and so in how many lines a share of their cells takes: each is split by
+    itself.
+    """
+    found: dict[tuple[tuple[tuple[Demand | None, ...], int], ...], int] = {}
+    for matrix, count in zip(nodes, (1,) * len(nodes) if copies is None else copies, strict=True):
+        rows = np.column_stack([matrix.row_counts, matrix.bits])
+        patterns, numbers = np.unique(rows, axis=0, return_counts=True)
+        groups = tuple(
+            (own, int(number))
+            for pattern, number in zip(patterns, numbers, strict=True)
+            if pattern[0] and pattern[1:].any()
+            for own in [tuple(demand(Matrix(1, int(pattern[0]), pattern[None, 1:]), s, partly=True) for s in shapes)]
+        )
+        if groups:
+            found[groups] = found.get(groups, 0) + count
+    return [(list(groups), count) for groups, count in found.items()]
 
 
 def _slots(demands: _Demands, shape: ArrayGeometry, sharing: Sharing) -> int:
@@ -200,15 +223,16 @@ def _alone(part: Demand, shape: ArrayGeometry, *, lines: bool) -> int:
 
 
 def _several_types(
-    demands: _Demands,
+    nodes: Sequence[tuple[_Demands, int]],
     shapes: Sequence[ArrayGeometry],
     counts: Sequence[int | None],
     sharing: Sharing,
     costs: Sequence[int],
 ) -> int:
-    """Least cost; every node's cells may be split freely over the types."""
-    if not demands:
+    """Least cost; every group's cells may be split freely over the types."""
+    if not nodes:
         return 0
+    demands = [(own, number * count) for groups, count in nodes for own, number in groups]
     limits = [
         None if count is None else count // shape.encoding.arrays_per_placement
         for count, shape in zip(counts, shapes, strict=True)
@@ -217,14 +241,8 @@ def _several_types(
     if sharing != "exclusive":
         return together
     # Crossbars serve one node each; what one takes by itself is rounded up by itself.
-    return max(together, sum(_each(demands, shapes, limits, costs)))
-
-
-def _each(
-    demands: _Demands, shapes: Sequence[ArrayGeometry], limits: Sequence[int | None], costs: Sequence[int]
-) -> Iterable[int]:
-    for own, count in demands:
-        yield count * _program([(own, 1)], shapes, limits, costs, lines=True)
+    alone = (count * _program(groups, shapes, limits, costs, lines=True) for groups, count in nodes)
+    return max(together, sum(alone))
 
 
 def _program(

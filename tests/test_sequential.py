@@ -231,7 +231,7 @@ def test_the_search_judges_what_is_emitted(activation: tuple[int, int] | None) -
     result = optimize("model.onnx", "out", **data, chip="chip.toml", config=config)
     assert result.search is not None
     chosen = result.search.chosen
-    assert min(chosen.bits.weights) < 5
+    assert min(np.min(width) for width in chosen.bits.weights) < 5
     selection = open_dataset("selection.npz", model_inputs(load_model("model.onnx")))
     reference = collect(make_session("model.onnx", threads=1), selection)
     found = score(collect(make_session("out/model.onnx", level="disable-all", threads=1), selection), reference)
@@ -243,4 +243,5 @@ def test_the_search_judges_what_is_emitted(activation: tuple[int, int] | None) -
         assert (judged["top1"], judged["agreement"]) == (found.top1, found.agreement)
         assert judged["kl"] == pytest.approx(found.kl, rel=1e-3)
         assert judged["sqnr_db"] == pytest.approx(found.sqnr_db, abs=1e-2)
-    assert [row["weight"] for row in report["bits"].values()] == list(chosen.bits.weights)
+    emitted = [row["weight"] for row in report["bits"].values()]
+    assert emitted == pytest.approx([float(np.mean(width)) for width in chosen.bits.weights])

@@ -206,7 +206,7 @@ def _from_manifest(manifest: Manifest, top1: float | None) -> Panel:
     used = manifest.totals.cell_utilization
     crossbars = tuple(kind.allocated for kind in manifest.totals.crossbars)
     return Panel(
-        "raqu-onnx: bits per layer, packed", crossbars, used.numerator / used.denominator, top1, tuple(rectangles)
+        "raqu-onnx: bits per kernel, packed", crossbars, used.numerator / used.denominator, top1, tuple(rectangles)
     )
 
 

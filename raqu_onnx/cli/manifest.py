@@ -156,8 +156,8 @@ def _print(manifest: Manifest) -> None:
     ]
     rows = []
     for node in (_node(entry, manifest) for entry in manifest.nodes):
-        widest, *_, narrowest = (*node["weight_bits"], *node["weight_bits"])
-        bits = str(widest) if widest == narrowest else f"{narrowest}-{widest}"
+        widths = node["weight_bits"]
+        bits = str(widths[0]) if len(widths) == 1 else f"{widths[-1]}-{widths[0]}"
         activation, mvms = (str("?" if node[k] is None else node[k]) for k in ("activation_bits", "mvms"))
         sizes = (str(node[key]) for key in ("groups", "rows", "kernels"))
         kinds = [",".join(node["crossbar_types"])] if several else []

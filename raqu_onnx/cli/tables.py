@@ -172,7 +172,7 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
         for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
             yield (
                 f"against {packed.label.removesuffix(', packed')}: packing {unpacked.crossbars} -> {packed.crossbars} "
-                f"crossbars, bits per layer {packed.crossbars} -> {ours.crossbars}"
+                f"crossbars, our bits {packed.crossbars} -> {ours.crossbars}"
             )
         if search.goal and search.best_uniform is None:
             yield "no uniform width serves the goal"
