@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from raqu_onnx.channel_flow import Reader
     from raqu_onnx.dropping import DropRules
     from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste
     from raqu_onnx.tiling import ArrayGeometry
@@ -113,17 +114,14 @@ class ExclusiveAllocator:
         table = self._allocator.table(name, taste)
         groups, firsts = self._allocator.members(name)
         live = [index for index, first in enumerate(firsts) if current[first]]
-        sizes = np.bincount(groups)
+        sizes = np.bincount(groups)[live]
         choices = [b for b in range(2, 9) if np.isfinite(table[:, b]).any()]
         taken = np.array([self._geometry.encoding.columns(b) for b in choices])
         loss = np.stack([table[groups == index][:, choices].sum(axis=0) for index in live])
-        if len(set(sizes[live].tolist())) > 1:
-            return None
-        size = int(sizes[live[0]])
         # Kernels stay whole, so that blocks may end early: less is tried until they fit.
         for spare in range(int(taken.max()) * -(-budget // self._geometry.weight_cols) + 1):
             try:
-                widths, _ = best_within_columns(loss, taken * size, budget - spare)
+                widths, _ = best_within_columns(loss, sizes[:, None] * taken, budget - spare)
             except ValueError:
                 return None
             found = current.copy()
@@ -140,22 +138,26 @@ class ExclusiveAllocator:
         return len(tile(Matrix.of(self._nodes[name].layout, bits, np.ones(1, np.int64)), self._geometry, where=name))
 
     def _drops(self, name: str, bits: KernelBits, taste: Taste) -> Iterator[NDArray[np.int64]]:
-        """So many kernels dropped, in order of loss, that a reader stores one row block less."""
-        table = self._allocator.table(name, taste)
-        order = [k for k in np.argsort(table[:, 0], kind="stable").tolist() if math.isfinite(table[k, 0])]
-        left = [k for k in order if bits[name][k]]
+        """So many groups of kernels dropped, in order of loss, that a reader stores one row block less."""
+        groups, firsts = self._allocator.members(name)
+        losses = np.bincount(groups, self._allocator.table(name, taste)[:, 0])
+        order = [k for k in np.argsort(losses, kind="stable").tolist() if math.isfinite(losses[k])]
+        left = [k for k in order if bits[name][firsts[k]]]
         flow = self._rules.flows[name]
         if not left or not flow.absorbable:
             return
         pruned = self._rules.apply(bits)
         for reader in flow.readers:
             rows = pruned.row_counts(self._nodes[reader.name])
-            node = self._nodes[reader.name]
-            stored = node.layout.rows if rows is None else int(rows.max())
-            per_kernel = int(np.count_nonzero(reader.owner == left[0], axis=1).max())
+            stored = self._nodes[reader.name].layout.rows if rows is None else int(rows.max())
             over = stored - (-(-stored // self._geometry.weight_rows) - 1) * self._geometry.weight_rows
-            needed = -(-over // per_kernel) if per_kernel else 0
-            if 0 < needed < len(left) and reader.keeps_zero:
-                dropped = bits[name].copy()
-                dropped[left[:needed]] = 0
-                yield dropped
+            fed = self._fed(name, reader, groups)
+            needed = int(np.searchsorted(np.cumsum(fed[left]), over)) + 1
+            if needed < len(left) and reader.keeps_zero:
+                yield np.where(np.isin(groups, left[:needed]), 0, bits[name])
+
+    def _fed(self, name: str, reader: Reader, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Most rows of one of a reader's groups that each group of kernels feeds, shape (groups of kernels,)."""
+        member = groups[self._nodes[name].layout.channel_index().reshape(-1)]
+        counts = [np.bincount(member[own[own >= 0]], minlength=int(groups.max()) + 1) for own in reader.owner]
+        return np.asarray(np.max(counts, axis=0), np.int64)

@@ -121,20 +121,21 @@ class KernelAllocator:
         for node in reversed(self.nodes):
             name = node.name
             rows = self._rows(node, pruned.row_counts(node))
-            cost = self._together(name, tables[name] + price * rows[:, None] * self._cells)
-            cost[:, 0] = np.inf
-            wide = np.argmin(cost, axis=1)
-            kept[name] = cost[np.arange(len(cost)), wide]
+            alone = tables[name] + price * rows[:, None] * self._cells
+            alone[:, 0] = np.inf
+            wide = np.argmin(self._together(name, alone), axis=1)
+            kept[name] = alone[np.arange(len(alone)), wide]
             credit[name] = self._credit(node, pruned.bits)
             for entry, followers in self._losses[name].followers.items():
                 for item in followers:
                     kept[name][entry] += kept[item.name][item.channel]
                     credit[name][entry] += credit[item.name][item.channel]
-            dropped = self._together(name, tables[name][:, :1] - price * credit[name][:, None])[:, 0]
-            chosen[name] = np.where(dropped < kept[name], 0, wide)
+            gain = kept[name] - tables[name][:, 0] + price * credit[name]
+            gain = self._together(name, gain[:, None])[:, 0]
+            chosen[name] = np.where(gain > 0, 0, wide)
             if not chosen[name].any():
                 # A node that computes nothing at all is no longer the same model.
-                best = np.flatnonzero(self._group(name) == self._group(name)[np.argmax(dropped - kept[name])])
+                best = np.flatnonzero(self._group(name) == self._group(name)[np.argmin(gain)])
                 chosen[name][best] = wide[best]
         return {node.name: chosen[node.name] for node in self.nodes}
 
@@ -309,7 +310,7 @@ def best_within_columns(
 
     Args:
         loss: Loss of every kernel at every width, shape (kernels, widths); infinite where a width is not allowed.
-        columns: Columns that each width takes, shape (widths,).
+        columns: Columns that each width takes, shape (widths,), or of every kernel, shape (kernels, widths).
         budget: Most columns.
 
     Returns:
@@ -319,11 +320,12 @@ def best_within_columns(
         ValueError: No choice fits.
     """
     kernels = len(loss)
+    columns = np.broadcast_to(columns, loss.shape)
     best = np.zeros(budget + 1)
     choice = np.zeros((kernels, budget + 1), np.int8)
     for kernel in range(kernels):
         found = np.full(budget + 1, np.inf)
-        for width, taken in enumerate(columns.tolist()):
+        for width, taken in enumerate(columns[kernel].tolist()):
             if taken > budget or not math.isfinite(loss[kernel, width]):
                 continue
             trial = best[: budget + 1 - taken] + loss[kernel, width]
@@ -337,5 +339,5 @@ def best_within_columns(
     left = budget
     for kernel in range(kernels - 1, -1, -1):
         widths[kernel] = choice[kernel, left]
-        left -= int(columns[widths[kernel]])
+        left -= int(columns[kernel, widths[kernel]])
     return widths, float(best[budget])

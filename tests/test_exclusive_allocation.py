@@ -13,7 +13,7 @@ from raqu_onnx.channel_flow import ChannelFlow, Reader
 from raqu_onnx.dropping import DropRules
 from raqu_onnx.encodings import Encoding
 from raqu_onnx.exclusive_allocation import ExclusiveAllocator
-from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste
+from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
 from raqu_onnx.kernel_losses import NodeLosses
 from raqu_onnx.layout import MappedNode, WeightLayout
 from raqu_onnx.tiling import ArrayGeometry, Matrix, tile
@@ -105,3 +105,18 @@ def test_kernels_are_dropped_where_that_saves_blocks_of_rows(seed: int) -> None:
     plain["one"][order[:2]] = 0
     assert case.total(plain) <= 3
     assert case.allocator.loss(bits, Taste()) <= case.allocator.loss(plain, Taste())
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_kernels_of_a_group_are_dropped_and_fitted_together(size: int) -> None:
+    for seed in range(8):
+        case = Case(seed)
+        groups = {name: grouped(losses, size) for name, losses in case.losses.items()}
+        allocator = KernelAllocator(case.nodes, case.losses, case.rules, ENCODING, groups)
+        exclusive = ExclusiveAllocator(allocator, case.rules, GEOMETRY, case.counts)
+        for budget in range(4, 16):
+            bits = exclusive.within(budget, Taste())
+            assert bits is not None, (seed, budget)
+            assert case.total(bits) <= budget
+            for name, found in bits.items():
+                assert all(len(set(found[groups[name] == group])) == 1 for group in groups[name]), (seed, budget)

@@ -203,3 +203,22 @@ def test_a_dearer_node_gets_more_bits() -> None:
     assert plain is not None
     assert dear is not None
     assert dear["one"].sum() > plain["one"].sum()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_groups_stay_whole_where_kernels_take_others_with_them(size: int) -> None:
+    """A kernel of the first node goes with a kernel of its own of the depthwise node: so do those in its group."""
+    nodes = [node("one", (6, 2, 3, 3)), node("deep", (6, 1, 3, 3), 6), node("two", (4, 6, 1, 1))]
+    flows = {
+        "one": ChannelFlow("one", (Reader("deep", np.repeat(np.arange(6), 9).reshape(6, 9), True),), (), False),
+        "deep": ChannelFlow("deep", (Reader("two", np.arange(6)[None], True),), (), False),
+        "two": ChannelFlow("two", (), ("an output",), True),
+    }
+    for seed in range(10):
+        tables = {"one": losses("one", 6, seed, 0.01), "deep": losses("deep", 6, seed + 1), "two": losses("two", 4, 0)}
+        tables["one"] = NodeLosses("one", tables["one"].loss, {k: (Follower("deep", k),) for k in range(6)})
+        groups = {name: grouped(table, size) for name, table in tables.items()}
+        allocator = KernelAllocator(nodes, tables, DropRules(nodes, flows), ENCODING, groups)
+        for price in 10.0 ** np.arange(-9, 2, 0.25):
+            for name, bits in allocator.at_price(price, Taste()).items():
+                assert all(len(set(bits[groups[name] == group])) == 1 for group in groups[name]), (seed, price, name)
