@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.graph_edit import constant_array, constant_tensor
 
 if TYPE_CHECKING:
@@ -291,10 +292,10 @@ def bias_findings(emitted: EmittedModel) -> Iterator[str]:
 
 def codes_findings(emitted: EmittedModel, view: ManifestView) -> Iterator[str]:
     """Codes lie in the range of their kernel's bits; what is not stored is 0."""
-    ranges = {}
+    # Dropped kernels hold nothing; nor do widths that no cell stores, those of kernels without stored rows.
+    ranges = dict.fromkeys(range(MAX_BITS + 1), (0, 0))
     for encoding in view.manifest.encodings:
         ranges.update({width.bits: width.codes for width in encoding.widths})
-    ranges[0] = (0, 0)
     for entry in view.manifest.nodes:
         own = view.node(entry)
         codes = emitted.codes(entry)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from raqu_onnx.config import OptimizeConfig
 from raqu_onnx.errors import ConfigError
@@ -77,6 +78,43 @@ def test_groups_of_kernels_share_a_width(tmp_path: Path, small_net: Net, small_d
 def test_layers_have_one_width_each(tmp_path: Path, small_net: Net, small_data: Data) -> None:
     run(small_net(), small_data, tmp_path / "out", max_crossbars=8, granularity="layer")
     assert all(len(set(bits.tolist())) == 1 for bits in kernel_bits(tmp_path / "out").values())
+
+
+def test_a_node_none_of_whose_rows_is_stored_is_written_and_checked(tmp_path: Path) -> None:
+    """Two heads read four channels each, and one crossbar has no room for both."""
+    rng = np.random.default_rng(0)
+    weights = {"w": (8, 3, 3, 3), "w1": (4, 4, 3, 3), "w2": (4, 4, 3, 3)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "conv", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("Split", ["r"], ["s1", "s2"], axis=1),
+        helper.make_node("Conv", ["s1", "w1"], ["y1"], "head1"),
+        helper.make_node("Conv", ["s2", "w2"], ["y2"], "head2"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "heads",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4, 6, 6]) for name in ("y1", "y2")],
+        [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), name) for name, s in weights.items()],
+    )
+    net = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    data = {"x": rng.normal(size=(32, 3, 8, 8)).astype(np.float32)}
+    config = OptimizeConfig(evaluations=1, sensitivity_samples=16, max_crossbars=1, cells=True)
+    optimize(net, tmp_path / "out", calibration=data, chip=chip(), config=config)
+    nodes_written = ManifestView(read_manifest(tmp_path / "out" / "manifest.json")).manifest.nodes
+    assert any(sum(last - first for _, first, last in node.rows_not_stored) == 36 for node in nodes_written)
+
+
+@pytest.mark.parametrize("goal", [{"max_crossbars": 40}, {"max_accuracy_drop": 50.0}])
+@pytest.mark.parametrize("granularity", ["layer", "kernel"])
+def test_a_model_all_of_whose_nodes_are_kept_stays_as_it_is(
+    tmp_path: Path, small_net: Net, small_data: Data, granularity: str, goal: dict[str, Any]
+) -> None:
+    """No width is left to choose, and 8 bits are none of those asked for."""
+    kept = ("conv1", "conv2", "fc")
+    run(small_net(), small_data, tmp_path / "out", weight_bits=(2, 4), keep=kept, granularity=granularity, **goal)
+    assert all((bits == 8).all() for bits in kernel_bits(tmp_path / "out").values())
 
 
 def test_no_drop_keeps_every_kernel(tmp_path: Path, small_net: Net, small_data: Data) -> None:
