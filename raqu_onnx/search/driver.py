@@ -91,7 +91,7 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
             # Nobody would take 3 bits where 4 take the same cells.
             continue
         packed = problem.crossbars(bits.weights)
-        if packed is not None and _in_range(problem, width):
+        if packed is not None and _is_candidate(problem, bits):
             problem.evaluate(bits, f"uniform {width} bits")
         baselines.append(
             UniformBaseline(
@@ -115,9 +115,10 @@ def _costs_as_much(problem: Problem, bits: Bits, wider: Bits) -> bool:
     )
 
 
-def _in_range(problem: Problem, width: int) -> bool:
-    low, high = problem.settings.weight_bits
-    return low <= width <= high
+def _is_candidate(problem: Problem, bits: Bits) -> bool:
+    """Whether every node's width may be chosen; 8 bits may where all nodes are kept there."""
+    limits = (problem.settings.weight_limits(node) for node in bits.by_node)
+    return all(low <= width <= high for width, (low, high) in zip(bits.by_node.values(), limits, strict=True))
 
 
 def _require_room(problem: Problem, goal: Goal) -> None:
