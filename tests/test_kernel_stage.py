@@ -67,6 +67,18 @@ def test_budgets_below_the_smallest_widths_are_met_by_dropping_kernels(
         assert any(node.rows_not_stored for node in manifest.nodes)
 
 
+@pytest.mark.parametrize("goal", [{"max_crossbars": 6}, {"max_accuracy_drop": 2.0}])
+def test_exclusive_crossbars_of_several_types_and_counts_end_in_an_answer(
+    tmp_path: Path, small_net: Net, small_data: Data, goal: dict[str, Any]
+) -> None:
+    """Not every node finds a crossbar of the type on which it would take the fewest."""
+    kinds = [CrossbarType(name=f"{n}", rows=n, cols=n, cell_bits=2, count=count) for n, count in ((16, 4), (32, 3))]
+    mixed = chip("exclusive").model_copy(update={"crossbars": tuple(kinds)})
+    config = OptimizeConfig(evaluations=2, sensitivity_samples=16, **goal)
+    result = optimize(small_net(), tmp_path / "out", calibration=small_data(48), chip=mixed, config=config)
+    assert result.figures[-1].crossbars <= goal.get("max_crossbars", 7)
+
+
 def test_groups_of_kernels_share_a_width(tmp_path: Path, small_net: Net, small_data: Data) -> None:
     run(small_net(), small_data, tmp_path / "out", max_crossbars=6, granularity="group:4")
     for name, bits in kernel_bits(tmp_path / "out").items():

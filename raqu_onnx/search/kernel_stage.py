@@ -124,10 +124,12 @@ class KernelStage:
             count = self._problem.crossbars(self._weights(bits))
             return count is not None and count <= crossbars
 
+        found: KernelBits | None = None
         if self._problem.chip.sharing == "exclusive" and self._steps_to(crossbars) <= _MOST_STEPS:
             exclusive = ExclusiveAllocator(self._allocator, _rules(self._problem), self._geometry, self._counts)
             found = exclusive.within(crossbars, taste)
-        else:
+        # Nodes that share a chip of several types, or of few crossbars, may not each get the type that serves it best.
+        if found is None or not fits(found):
             found = self._allocator.within(fits, taste)
         if found is None:
             return None
