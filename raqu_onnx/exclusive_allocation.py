@@ -49,9 +49,12 @@ class ExclusiveAllocator:
         self._geometry = geometry
         self._counts = counts
         self._nodes = {node.name: node for node in allocator.nodes}
+        # A step changes one node, the fits of all others are asked for again at the next one.
+        self._known: dict[tuple[str, bytes, int], NDArray[np.int64] | None] = {}
 
     def within(self, crossbars: int, taste: Taste) -> KernelBits | None:
         """Bits of least loss found within a number of crossbars, None where no step leads there."""
+        self._known.clear()
         bits = {name: self._widest(name, taste) for name in self._nodes}
         bits = {name: self._filled(name, bits, taste) for name in bits}
         while True:
@@ -111,6 +114,12 @@ class ExclusiveAllocator:
 
     def _fitted(self, name: str, current: NDArray[np.int64], budget: int, taste: Taste) -> NDArray[np.int64] | None:
         """Best widths of the kernels that are not dropped within whole column blocks, None where none fit."""
+        key = name, current.tobytes(), budget
+        if key not in self._known:
+            self._known[key] = self._fit(name, current, budget, taste)
+        return self._known[key]
+
+    def _fit(self, name: str, current: NDArray[np.int64], budget: int, taste: Taste) -> NDArray[np.int64] | None:
         table = self._allocator.table(name, taste)
         groups, firsts = self._allocator.members(name)
         live = [index for index, first in enumerate(firsts) if current[first]]
