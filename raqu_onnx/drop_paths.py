@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["drop_costs"]
 
+# Kernels up to which moments are brought up to date after each that is dropped; it takes the square of the rows.
+_MOST_UPDATES = 1024
+
 
 @dataclass
 class _Group:
@@ -51,6 +54,9 @@ def drop_costs(
     if second.ndim == 2:
         return _separate_costs(weight, second, owner, kernels)
     groups = [_damped(w, h, ridge) for w, h in zip(weight, second, strict=True)]
+    fed_once = _rows_of_each(owner, kernels)
+    if fed_once is not None:
+        return _alike(groups[0], fed_once)
     rows = [
         [(group, fed) for group, own in enumerate(owner) if (fed := np.flatnonzero(own == kernel)).size]
         for kernel in range(kernels)
@@ -68,6 +74,46 @@ def drop_costs(
         for group, fed in rows[kernel]:
             _remove(groups[group], fed)
     return costs
+
+
+def _rows_of_each(owner: NDArray[np.int64], kernels: int) -> NDArray[np.int64] | None:
+    """Rows that each kernel feeds, shape (kernels, n), where all feed as many rows of a single group."""
+    if len(owner) > 1 or (owner < 0).any() or len(owner[0]) % kernels:
+        return None
+    counts = np.bincount(owner[0], minlength=kernels)
+    if len(counts) > kernels or (counts != counts[0]).any():
+        return None
+    return np.argsort(owner[0], kind="stable").reshape(kernels, -1)
+
+
+def _alike(group: _Group, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Costs of kernels that feed as many rows each, all compared at once.
+
+    With very many kernels the moments are not brought up to date after each: then every kernel costs what it would cost
+    as the only one.
+    """
+    costs = np.zeros(len(rows))
+    left = np.arange(len(rows))
+    if len(rows) > _MOST_UPDATES:
+        return _losses(group, rows)
+    spent = 0.0
+    while left.size:
+        found = _losses(group, rows[left])
+        best = int(np.argmin(found))
+        spent = max(spent, float(found[best]))
+        costs[left[best]] = spent
+        _remove(group, rows[left[best]])
+        left = np.delete(left, best)
+    return costs
+
+
+def _losses(group: _Group, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`_loss` of every kernel, with its rows, shape (kernels, n)."""
+    blocks = group.inverse[rows[:, :, None], rows[:, None, :]]
+    # Summed over the reader's kernels first: w^T A w = trace(A w w^T).
+    parts = group.weight[rows]
+    powers = parts @ parts.transpose(0, 2, 1)
+    return np.asarray(np.trace(np.linalg.solve(blocks, powers), axis1=1, axis2=2), np.float64)
 
 
 def _separate_costs(

@@ -93,10 +93,14 @@ class KernelAllocator:
     def loss(self, bits: KernelBits, taste: Taste) -> float:
         """Sum of the losses of all kernels; those that only follow a dropped one are counted with it."""
         total = 0.0
+        gone: set[tuple[str, int]] = set()
         for node in self.nodes:
             table = self.table(node.name, taste)
             found = table[np.arange(len(table)), bits[node.name]]
+            found[[channel for name, channel in gone if name == node.name]] = 0.0
             total += float(found[np.isfinite(found)].sum())
+            for entry in np.flatnonzero(bits[node.name] == 0).tolist():
+                gone |= {(item.name, item.channel) for item in self._losses[node.name].followers.get(entry, ())}
         return total
 
     def at_price(self, price: float, taste: Taste) -> KernelBits:
@@ -183,23 +187,42 @@ class KernelAllocator:
 
     # --- a budget -----------------------------------------------------------------------------------------------
 
-    def within(self, fits: Fits, taste: Taste) -> KernelBits | None:
+    def within(self, fits: Fits, taste: Taste, cells: float = math.inf) -> KernelBits | None:
         """Bits of least loss that fit, None where nothing does.
 
         Args:
             fits: Whether an allocation is within the budget; more cells never fit where fewer do not.
             taste: Factors on the losses.
+            cells: More cells than these never fit, which is quicker to tell.
 
         Returns:
             Bits, None where nothing fits.
         """
         low, high = self._prices(taste)
+
+        def small(bits: KernelBits) -> bool:
+            return self.cells(bits) <= cells
+
+        if math.isfinite(cells):
+            best, _ = self._dearest(small, low, high, taste)
+            # Most placements use nearly every cell: then that is the answer but for the last few.
+            if best is not None and fits(best):
+                return self._fill(best, lambda bits: small(bits) and fits(bits), taste)
+        best, above = self._dearest(lambda bits: small(bits) and fits(bits), low, high, taste)
+        if best is None or above is None:
+            return best
+        return self._fill(best, lambda bits: small(bits) and fits(bits), taste)
+
+    def _dearest(
+        self, fits: Fits, low: float, high: float, taste: Taste
+    ) -> tuple[KernelBits | None, KernelBits | None]:
+        """Bits that fit at the lowest price at which any do, None where none do; and those just too large, if any."""
         best = self.at_price(high, taste)
         if not fits(best):
-            return None
+            return None, None
         above = self.at_price(low, taste)
         if fits(above):
-            return above
+            return above, None
         for _ in range(_BISECTIONS):
             middle = math.sqrt(low * high)
             found = self.at_price(middle, taste)
@@ -207,7 +230,7 @@ class KernelAllocator:
                 best, high = found, middle
             else:
                 above, low = found, middle
-        return self._fill(best, fits, taste)
+        return best, above
 
     def _prices(self, taste: Taste) -> tuple[float, float]:
         """Prices at which cells cost next to nothing, and more than any loss."""

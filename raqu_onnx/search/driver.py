@@ -267,6 +267,8 @@ def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) 
                 left = 0
         if not _meets(problem, goal, region.incumbent.score, 0):
             break
+        if region.incumbent.crossbars >= best.crossbars:
+            break
         best = region.incumbent
     refined = _refine(problem, stage, best, min(left, _REFINEMENTS))
     if _meets(problem, goal, refined.score, 0):

@@ -130,12 +130,21 @@ class KernelStage:
             found = exclusive.within(crossbars, taste)
         # Nodes that share a chip of several types, or of few crossbars, may not each get the type that serves it best.
         if found is None or not fits(found):
-            found = self._allocator.within(fits, taste)
+            found = self._allocator.within(fits, taste, self._cells(crossbars))
         if found is None:
             return None
-        bits = Bits(self._weights(found), activations or widest_activations(self._problem))
+        # With what goes with dropped kernels, so that what is reported is what is emitted.
+        whole = _rules(self._problem).apply(found).bits
+        bits = Bits(self._weights(dict(whole)), activations or widest_activations(self._problem))
         self._known.setdefault(bits, vector)
         return bits
+
+    def _cells(self, crossbars: int) -> float:
+        """Cells of the largest crossbars that a budget could take; not known where cells of types hold other bits."""
+        kinds = self._problem.chip.crossbars
+        if len({kind.cell_bits for kind in kinds}) > 1:
+            return math.inf
+        return crossbars * max(kind.rows * kind.cols for kind in kinds)
 
     @property
     def _geometry(self) -> ArrayGeometry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ class Problem:
             model, self.nodes, threads=settings.threads, float_activations=settings.activation_bits is None
         )
         self._scores: dict[Bits, Score] = {}
-        self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...]], int | None] = {}
+        self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._matrices: dict[tuple[int, int], Matrix] = {}
         self.cell_cost = self._linear_costs()
 
@@ -108,7 +109,7 @@ class Problem:
     def crossbars(self, weights: tuple[NodeWidth, ...], sharing: Sharing | None = None) -> int | None:
         """Crossbars that the model takes at these weight widths, None when the chip is too small."""
         mode = sharing or self.chip.sharing
-        key = (mode, weights)
+        key = (mode, weights if all(isinstance(width, int) for width in weights) else _digest(weights))
         if key not in self._counts:
             self._counts[key] = self._count(weights, mode)
         return self._counts[key]
@@ -217,6 +218,11 @@ class Problem:
             name: NodeBits(weight, activation)
             for name, weight, activation in zip(self.names, bits.weights, activations, strict=True)
         }
+
+
+def _digest(weights: tuple[NodeWidth, ...]) -> bytes:
+    """Stands for the widths of all kernels, of which a search tries thousands."""
+    return hashlib.blake2b(repr(weights).encode(), digest_size=16).digest()
 
 
 class _Batches:
