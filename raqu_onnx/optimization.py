@@ -199,6 +199,7 @@ class _Run:
             ),
             timings=tuple(timings),
             bits=_bits_by_node(model),
+            dropped=_dropped_by_node(model),
             data=self.data.summary(),
             method=self.settings.method,
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
@@ -365,6 +366,13 @@ def _saturating(model: ir.Model) -> list[str]:
         if item is not None
         and may_saturate(item.codes, item.node.layout, None if item.activation is None else item.activation.levels)
     ]
+
+
+def _dropped_by_node(model: ir.Model) -> dict[str, int]:
+    """Kernels with 0 bits, of the nodes that have any."""
+    found = {item.node.name: item for node in model.graph if (item := QUANTIZED.get(node)) is not None}
+    counts = {name: int(np.count_nonzero(item.matrix().bits == 0)) for name, item in found.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:

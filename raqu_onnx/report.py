@@ -163,6 +163,7 @@ class Report(_Part):
     )
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")
+    dropped: dict[str, int] = Field(description="kernels with 0 bits by mapped node, of the nodes that have any")
     replicas: dict[str, int] = Field(description="copies on the chip by mapped node")
     partitions: list[PartitionReport] = Field(
         description="parts that are programmed one after the other, one where all is on the chip at once"

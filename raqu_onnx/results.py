@@ -86,6 +86,7 @@ class OptimizeResult:
         warnings: What a user must know.
         timings: Wall time of every pass.
         bits: Weight and activation bits by node.
+        dropped: Kernels with 0 bits, by node, of the nodes that have any.
         replicas: Copies on the chip by node.
         partitions: Parts that are programmed one after the other, one where all is on the chip at once.
         cycles: Cycles of one inference by node, None where its MVMs or input bits are unknown.
@@ -105,6 +106,7 @@ class OptimizeResult:
     warnings: tuple[str, ...]
     timings: tuple[PassTiming, ...]
     bits: dict[str, tuple[float, int | None]]
+    dropped: Mapping[str, int] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
     partitions: tuple[PartitionEntry, ...] = ()
     cycles: Mapping[str, int | None] = field(default_factory=dict)
@@ -145,6 +147,7 @@ class OptimizeResult:
             "gap": self.gap,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
+            "dropped": dict(self.dropped),
             "replicas": dict(self.replicas),
             "partitions": [item.model_dump() for item in self.partitions],
             "cycles": dict(self.cycles),

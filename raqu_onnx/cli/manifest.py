@@ -137,6 +137,8 @@ def _print(manifest: Manifest) -> None:
     bound = f"lower bound {totals.lower_bound}, gap of allocated cells {gap:.1%}"
     out.print(f"crossbars: {used} ({bound}), {counted(totals.placements, 'placement')}")
     out.print(f"cell utilization {_share(totals.cell_utilization)}, bit {_share(totals.bit_utilization)}")
+    if totals.dropped_kernels:
+        out.print(f"dropped: {counted(totals.dropped_kernels, 'kernel')} (0 bits)")
     out.print(SHARING_LEGEND[manifest.sharing])
     if manifest.calibration is not None and manifest.calibration.synthetic:
         out.print("calibrated on generated inputs, not on real data")

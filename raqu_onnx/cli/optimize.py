@@ -100,7 +100,8 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "--replicate",
         metavar="N|chip",
         help="fill free crossbars, up to N in all or as many as the chip has, with copies of the slowest nodes, so "
-        "that a pipeline takes the next inference sooner (default: one copy of each node)",
+        "that a pipeline takes the next inference sooner; nodes that took turns in a crossbar first get places of "
+        "their own, since all compute at once then (default: one copy of each node)",
     )
     group.add_argument(
         "--partitions",

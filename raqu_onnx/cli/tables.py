@@ -176,6 +176,9 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
             )
         if search.goal and search.best_uniform is None:
             yield "no uniform width serves the goal"
+    if result.dropped:
+        kernels = counted(sum(result.dropped.values()), "kernel")
+        yield f"dropped: {kernels} in {counted(len(result.dropped), 'node')}, for which the nodes that follow make up"
     if result.lower_bound is not None:
         gap = "" if result.gap is None else f"; gap of allocated cells {result.gap:.1%}"
         yield f"lower bound for these bits: {counted(result.lower_bound, 'crossbar')}{gap}"
