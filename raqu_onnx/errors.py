@@ -31,6 +31,10 @@ class RaquError(Exception):
 
     exit_code: ClassVar[int] = 2
 
+    def lines(self) -> list[str]:
+        """What to print: one line, or one for each of several errors."""
+        return ["; ".join(str(self).splitlines())]
+
 
 class ModelError(RaquError):
     """The ONNX model cannot be read, or cannot be handled."""

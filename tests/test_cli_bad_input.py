@@ -195,6 +195,19 @@ def test_a_bad_chip_file_is_refused(
         refused(workspace, (*command, "model.onnx", "--hw", "bad.toml"), "bad.toml", *said)
 
 
+def test_every_error_of_a_chip_file_has_a_line_of_its_own(cli: Cli, workspace: Path) -> None:
+    text = (workspace / "chip.toml").read_text()
+    (workspace / "bad.toml").write_text(text.replace("rows = 32", "rows = 0").replace("dac_bits = 1", "dac_bits = 99"))
+    for command in (("optimize", "--dry-run"), ("inspect",)):
+        ran = cli(*command, "model.onnx", "--hw", "bad.toml")
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.splitlines() == [
+            "error: bad.toml: 2 errors in the chip description",
+            "error: bad.toml: dac_bits: found 99, allowed a whole number from 1 to 16",
+            "error: bad.toml: crossbars.main.rows: found 0, allowed a whole number from 1 to 65536",
+        ]
+
+
 @pytest.mark.parametrize("name", ["absent.toml", "isac", "."])
 def test_a_chip_that_is_none_is_refused(refused: Refused, workspace: Path, name: str) -> None:
     refused(workspace, ("optimize", "model.onnx", *DATA, "--hw", name), name)

@@ -198,7 +198,7 @@ def test_a_real_process_says_the_same(
     snapshot: Snapshot, workspace: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     (workspace / "bad.onnx").write_bytes(b"nothing")
-    (workspace / "bad.toml").write_text("x = 1")
+    (workspace / "bad.toml").write_text((workspace / "chip.toml").read_text() + "x = 1")
     before = snapshot(workspace)
     command = [sys.executable, "-m", "raqu_onnx", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)

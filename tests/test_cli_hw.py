@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +29,10 @@ cycle_ns = "absent"
 """
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, and no escape codes."""
+    monkeypatch.setattr("raqu_onnx.cli.printing._PIPE_COLUMNS", 80)
 
 
 def hw(*words: str) -> int:
@@ -49,6 +51,7 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("terminal")
 def test_list_shows_every_chip_in_80_plain_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert hw("list") == 0
     out = capsys.readouterr().out
@@ -72,17 +75,41 @@ def test_list_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert by_name["generic"]["total_cells"] is None
 
 
+def test_a_pipe_gets_one_whole_line_for_each_crossbar_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hw("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    chips = [load_chip(name) for name in builtin_chips()]
+    assert len(lines) == 2 + sum(len(chip.crossbars) for chip in chips)  # Headers, and the legend of ~.
+    assert all(line == line.rstrip() for line in lines)
+    for chip in chips:
+        assert any(line.startswith(f"{chip.name} ") and line.endswith(chip.title) for line in lines)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("name", builtin_chips())
+def test_show_numbers_sources_where_lines_are_short(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hw("show", name) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    chip = load_chip(name)
+    figures, _, notes = out.partition("sources\n")
+    sources = dict(re.findall(r"(\[\d+\]) ((?:[^\n]|\n )+)", notes))
+    assert sources
+    for line in figures.splitlines():
+        if found := re.match(r"([\w.]+) .*(\[\d+\])$", line):
+            assert " ".join(sources[found[2]].split()) == chip.source_of(found[1])
+
+
 @pytest.mark.parametrize("name", builtin_chips())
 def test_show_prints_every_figure_with_its_source(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert hw("show", name) == 0
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
     chip = load_chip(name)
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()}
     for key, value in chip.settings().items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert float(rows[key][0]) == pytest.approx(value)
-            assert (chip.source_of(key) or "").startswith(rows[key][1])
+            assert " ".join(rows[key][1:]) == (chip.source_of(key) or "")
         elif value is None and key != "encoding_is_approximation":
             assert key in out
     assert ("The encoding is an approximation: " in out) is bool(chip.encoding_is_approximation)

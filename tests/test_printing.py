@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 
 from raqu_onnx.cli.printing import console, counted, print_json, print_table, shortened
 
@@ -34,9 +35,14 @@ def test_names_stay_different_where_the_width_allows_it() -> None:
     assert shortened(["abcdefghij"], 8, "...") == ["abc...ij"]
 
 
+def terminal(columns: int) -> Console:
+    out = console()
+    out.width = columns
+    return out
+
+
 def printed(capsys: pytest.CaptureFixture[str], columns: int, rows: list[list[str]]) -> list[str]:
-    out = console(pipe_columns=columns)
-    print_table(out, ("node", "", "crossbars"), rows, right=(2,))
+    print_table(terminal(columns), ("node", "", "crossbars"), rows, right=(2,))
     return capsys.readouterr().out.splitlines()
 
 
@@ -70,7 +76,7 @@ def test_an_encoding_without_rules_and_dots_gets_plain_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(console()), "encoding", "ascii", raising=False)
-    out = console(pipe_columns=30)
+    out = terminal(30)
     monkeypatch.setattr(type(out), "encoding", "ascii", raising=False)
     print_table(out, ("node", "bits"), [["n" * 90, "8"]])
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name, default those of the process.
 
     Returns:
-        The exit code; every error has been printed, on one line.
+        The exit code; every error has been printed, each on one line.
 
     Raises:
         SystemExit: After `--help` and `--version`.
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run_and_flush(arguments)
     except StdoutError as error:
         _discard_output()
-        return _fail(str(error), error.exit_code)
+        return _fail(error.lines(), error.exit_code)
     except RaquError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(error.lines(), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; no result was written", file=sys.stderr)
         return 130
@@ -78,13 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # No room for temporary files, and what else the modules could not foresee.
         _discard_output()
-        return _fail(f"{error.filename or 'a temporary file'}: {error.strerror or error}", RaquError.exit_code)
+        said = f"{error.filename or 'a temporary file'}: {error.strerror or error}"
+        return _fail([said], RaquError.exit_code)
     return code
 
 
-def _fail(message: str, code: int) -> int:
-    # A chip file may have several errors; all of them go on the one line.
-    print("error: " + "; ".join(message.splitlines()), file=sys.stderr)
+def _fail(lines: Iterable[str], code: int) -> int:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
     return code
 
 

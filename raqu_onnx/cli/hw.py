@@ -12,6 +12,9 @@ from raqu_onnx.errors import ChipError
 from raqu_onnx.hardware import Chip, ChipFileError, builtin_chips, load_chip
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
     from rich.table import Table
 
 __all__ = ["add_parser"]
@@ -71,8 +74,8 @@ def _list(args: argparse.Namespace) -> int:
             chip.sharing,
             chip.title,
         )
-    out = console(pipe_columns=None)
-    out.print(table)
+    out = console()
+    _print_table(out, table)
     if any(chip.encoding_is_approximation for chip in chips):
         out.print("~ the nearest of the four encodings; `raqu-onnx hw show NAME` says why")
     return 0
@@ -92,25 +95,44 @@ def _show(args: argparse.Namespace) -> int:
             unsourced_figures=list(chip.unsourced_figures()),
         )
         return 0
-    out = console(pipe_columns=None)
+    out = console()
     for text in (f"{chip.name}: {chip.title}" if chip.title else chip.name, chip.description):
         if text:
             out.print(text, end="\n\n")
     if chip.encoding_is_approximation:
         out.print(f"The encoding is an approximation: {chip.encoding_is_approximation}", end="\n\n")
+    _print_figures(out, chip)
+    return 0
+
+
+def _print_figures(out: Console, chip: Chip) -> None:
+    """Every figure with its source; where lines would be too long, with a number that stands for the source."""
+    # What is told above the table.
+    settings = {key: value for key, value in chip.settings().items() if key != "encoding_is_approximation"}
+    unknown = [key for key, value in settings.items() if value is None and key.rpartition(".")[2] not in _ABSENT]
+    rows = [
+        (key, _value(key, value), (chip.source_of(key) or "") if value is not None else "")
+        for key, value in settings.items()
+        if key not in unknown
+    ]
+    numbers = {text: f"[{index}]" for index, text in enumerate(dict.fromkeys(row[2] for row in rows if row[2]), 1)}
+    notes = sum(max(map(len, column)) + 1 for column in zip(*rows, strict=True)) > out.width
     table = _table("figure", "value", "source")
-    unknown = []
-    for key, value in chip.settings().items():
-        if key == "encoding_is_approximation":  # told above
-            continue
-        if value is None and key.rpartition(".")[2] not in _ABSENT:
-            unknown.append(key)
-        else:
-            table.add_row(key, _value(key, value), chip.source_of(key) or "" if value is not None else "")
-    out.print(table)
+    for key, value, source in rows:
+        table.add_row(key, value, numbers.get(source, "") if notes else source)
+    _print_table(out, table)
+    if notes and numbers:
+        out.print()
+        _print_table(out, _sources(numbers))
     if unknown:
         out.print(f"\nNot known: {', '.join(unknown)}")
-    return 0
+
+
+def _sources(numbers: Mapping[str, str]) -> Table:
+    table = _table("", "sources")
+    for text, number in numbers.items():
+        table.add_row(number, text)
+    return table
 
 
 def _value(key: str, value: object) -> str:
@@ -163,3 +185,11 @@ def _table(*headers: str) -> Table:
     for header in headers:  # the last column holds prose and wraps
         table.add_column(header, overflow="fold", no_wrap=header != headers[-1])
     return table
+
+
+def _print_table(out: Console, table: Table) -> None:
+    """Print a table without the spaces that fill its last column."""
+    with out.capture() as captured:
+        out.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())

@@ -93,12 +93,8 @@ def result_is_complete(folder: Path | None) -> Iterator[None]:
         raise StdoutError(f"{error}{where}") from error
 
 
-def console(*, pipe_columns: int | None = _PIPE_COLUMNS) -> Console:
-    """Where results are printed.
-
-    Args:
-        pipe_columns: Width where stdout is no terminal; None for rich's own choice (`COLUMNS`, else 80).
-    """
+def console() -> Console:
+    """Where results are printed; lines have no end where stdout is no terminal."""
     from rich.console import Console
 
     class Plain(Console):
@@ -107,7 +103,7 @@ def console(*, pipe_columns: int | None = _PIPE_COLUMNS) -> Console:
             raise
 
     # Names of nodes are not markup.
-    width = None if sys.stdout.isatty() else pipe_columns
+    width = None if sys.stdout.isatty() else _PIPE_COLUMNS
     return Plain(highlight=False, markup=False, emoji=False, width=width)
 
 
