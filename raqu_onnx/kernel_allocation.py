@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -81,14 +82,24 @@ class KernelAllocator:
         self._rules = rules
         self._groups = groups or {}
         self._index = {node.name: node.layout.channel_index() for node in nodes}
-        self._cells = np.array([encoding.cells_per_weight(bits) if bits != 1 else 0 for bits in range(9)], np.int64)
+        widths = [encoding.cells_per_weight(bits) if bits != 1 else 0 for bits in range(9)]
+        self._cells = dict.fromkeys(self._index, np.array(widths, np.float64))
+
+    def priced(self, cells: Mapping[str, NDArray[np.float64]]) -> KernelAllocator:
+        """The same allocator where nodes lie on crossbar types with cells of different bits.
+
+        Args:
+            cells: Cells that a weight of each node takes at every width, shape (9,), by name.
+        """
+        other = copy(self)
+        other._cells = dict(cells)
+        return other
 
     def cells(self, bits: KernelBits) -> int:
         """Cells that an allocation programs."""
         pruned = self._rules.apply(bits)
-        return sum(
-            int(self._rows(node, pruned.row_counts(node)) @ self._cells[pruned.bits[node.name]]) for node in self.nodes
-        )
+        rows = {node.name: self._rows(node, pruned.row_counts(node)) for node in self.nodes}
+        return round(sum(float(count @ self._cells[name][pruned.bits[name]]) for name, count in rows.items()))
 
     def loss(self, bits: KernelBits, taste: Taste) -> float:
         """Sum of the losses of all kernels; those that only follow a dropped one are counted with it."""
@@ -125,7 +136,7 @@ class KernelAllocator:
         for node in reversed(self.nodes):
             name = node.name
             rows = self._rows(node, pruned.row_counts(node))
-            alone = tables[name] + price * rows[:, None] * self._cells
+            alone = tables[name] + price * rows[:, None] * self._cells[name]
             alone[:, 0] = np.inf
             wide = np.argmin(self._together(name, alone), axis=1)
             kept[name] = alone[np.arange(len(alone)), wide]
@@ -180,7 +191,7 @@ class KernelAllocator:
         saved = np.zeros(index.size)
         for reader in self._rules.flows[node.name].readers if self._rules.flows[node.name].absorbable else ():
             if reader.keeps_zero:
-                per_row = self._cells[bits[reader.name]][self._index[reader.name]].sum(axis=1)
+                per_row = self._cells[reader.name][bits[reader.name]][self._index[reader.name]].sum(axis=1)
                 fed = reader.owner >= 0
                 np.add.at(saved, reader.owner[fed], np.broadcast_to(per_row[:, None], reader.owner.shape)[fed])
         return np.asarray(np.bincount(index, saved, node.layout.channels), np.float64)
@@ -242,22 +253,37 @@ class KernelAllocator:
     def _fill(self, bits: KernelBits, fits: Fits, taste: Taste) -> KernelBits:
         """Spend what is left of the budget on the widths that gain most per cell."""
         for _ in range(_FILL_ROUNDS):
-            steps = self._upgrades(bits, taste)
-            low, high = 0, len(steps)
-            while low < high:
-                middle = (low + high + 1) // 2
-                if fits(_upgraded(bits, steps[:middle])):
-                    low = middle
-                else:
-                    high = middle - 1
-            bits = _upgraded(bits, steps[:low])
-            if low < len(steps):
-                # The next one is too large; smaller ones behind it may still go in.
-                rest = [step for step in steps[low + 1 :] if step.cells < steps[low].cells]
-                bits = self._fill_singly(bits, rest[:_FILL_ROUNDS], fits)
-            if not low:
+            taken = 0
+            # Crossbars whose cells hold other bits may have room where these have none.
+            for steps in self._by_prices(self._upgrades(bits, taste)):
+                bits, low = self._filled(bits, steps, fits)
+                taken += low
+            if not taken:
                 break
         return bits
+
+    def _by_prices(self, steps: Sequence[_Step]) -> list[list[_Step]]:
+        """Steps of nodes whose weights take the same cells, in their order."""
+        found: dict[bytes, list[_Step]] = {}
+        for step in steps:
+            found.setdefault(self._cells[step.name].tobytes(), []).append(step)
+        return list(found.values())
+
+    def _filled(self, bits: KernelBits, steps: Sequence[_Step], fits: Fits) -> tuple[KernelBits, int]:
+        """As many of the first steps as fit, and a few of the smaller ones behind them; how many are of the first."""
+        low, high = 0, len(steps)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(_upgraded(bits, steps[:middle])):
+                low = middle
+            else:
+                high = middle - 1
+        bits = _upgraded(bits, steps[:low])
+        if low < len(steps):
+            # The next one is too large; smaller ones behind it may still go in.
+            rest = [step for step in steps[low + 1 :] if step.cells < steps[low].cells]
+            bits = self._fill_singly(bits, rest[:_FILL_ROUNDS], fits)
+        return bits, low
 
     def _fill_singly(self, bits: KernelBits, steps: Sequence[_Step], fits: Fits) -> KernelBits:
         for step in steps:
@@ -281,12 +307,12 @@ class KernelAllocator:
                 wider = np.flatnonzero(np.isfinite(table[entry]) & (np.arange(9) > here))
                 if not here or not wider.size:
                     continue
-                cells = int(rows[entry]) * (self._cells[wider] - self._cells[here])
+                cells = int(rows[entry]) * (self._cells[node.name][wider] - self._cells[node.name][here])
                 gains = (table[entry, here] - table[entry, wider]) / np.maximum(cells, 1e-9)
                 best = int(np.argmax(gains))
                 if gains[best] > 0:
                     members = np.flatnonzero(group == group[entry])
-                    steps.append(_Step(float(gains[best]), node.name, members, int(wider[best]), int(cells[best])))
+                    steps.append(_Step(float(gains[best]), node.name, members, int(wider[best]), float(cells[best])))
         return sorted(steps, key=lambda step: -step.gain)
 
 
@@ -298,7 +324,7 @@ class _Step:
     name: str
     entries: NDArray[np.int64]
     bits: int
-    cells: int
+    cells: float
 
 
 def _upgraded(bits: KernelBits, steps: Sequence[_Step]) -> KernelBits:

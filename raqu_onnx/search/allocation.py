@@ -9,6 +9,7 @@ import numpy as np
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.native_output import no_native_output
 from raqu_onnx.placement import geometries
+from raqu_onnx.search.cell_prices import saves_columns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,12 +110,16 @@ def useful_widths(problem: Problem) -> list[list[int]]:
 
 
 def kernel_widths(problem: Problem) -> list[list[int]]:
-    """Widths of each node's kernels, rising, without those that take as many columns as a wider one."""
-    encoding = geometries(problem.chip)[0].encoding
+    """Widths of each node's kernels, rising, without those that take as many columns as a wider one everywhere.
+
+    Widths at which a kernel is wider than every crossbar are left out, as in `useful_widths`.
+    """
+    encodings = {shape.encoding for shape in geometries(problem.chip)}
     choices: list[list[int]] = []
-    for node in range(len(problem.nodes)):
+    for node, cost in enumerate(problem.cell_cost):
         low, high = problem.settings.weight_limits(node)
-        choices.append([b for b in range(low, high + 1) if b == high or encoding.columns(b) < encoding.columns(b + 1)])
+        possible = [b for b in range(low, high + 1) if np.isfinite(cost[b])]
+        choices.append([b for b in possible if b == possible[-1] or saves_columns(encodings, b)])
     return choices
 
 

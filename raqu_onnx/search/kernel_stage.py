@@ -21,11 +21,14 @@ from raqu_onnx.kernel_losses import kernel_losses
 from raqu_onnx.placement import count_crossbars, geometries
 from raqu_onnx.search.allocation import kernel_widths
 from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, mean_cells
 from raqu_onnx.search.result import Bits
 from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
 
 if TYPE_CHECKING:
     from raqu_onnx.dropping import DropRules
+    from raqu_onnx.encodings import Encoding
+    from raqu_onnx.kernel_allocation import Fits
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import Evaluation
     from raqu_onnx.search.sensitivity import Sensitivity
@@ -38,6 +41,8 @@ _REACH = 8
 # Factors on the losses of dropped kernels that a start tries: the estimate knows nothing of how drops add up.
 _DROP_STARTS = (6, 3, 0)
 _NO_DROP = 40
+# Times that prices follow a placement, which follows prices.
+_PRICE_TURNS = 2
 # Crossbars above a budget up to which they are saved one by one where each serves one node. Models so large that there
 # are more fill their crossbars anyway: for them cells tell enough.
 _MOST_STEPS = 400
@@ -77,8 +82,8 @@ class KernelStage:
         )
         size = settings.group or 1
         groups = {name: grouped(item, size) for name, item in losses.items()} if size > 1 else {}
-        encoding = geometries(problem.chip)[0].encoding
-        return KernelAllocator(problem.nodes, losses, _rules(problem), encoding, groups)
+        allocator = KernelAllocator(problem.nodes, losses, _rules(problem), self._geometry.encoding, groups)
+        return allocator.priced(dict.fromkeys(problem.names, mean_cells(cell_shares(problem.chip))))
 
     @property
     def fewest_crossbars(self) -> int:
@@ -130,7 +135,7 @@ class KernelStage:
             found = exclusive.within(crossbars, taste)
         # Nodes that share a chip of several types, or of few crossbars, may not each get the type that serves it best.
         if found is None or not fits(found):
-            found = self._allocator.within(fits, taste, self._cells(crossbars))
+            found = self._within(fits, taste, crossbars)
         if found is None:
             return None
         # With what goes with dropped kernels, so that what is reported is what is emitted.
@@ -138,6 +143,23 @@ class KernelStage:
         bits = Bits(self._weights(dict(whole)), activations or widest_activations(self._problem))
         self._known.setdefault(bits, vector)
         return bits
+
+    def _within(self, fits: Fits, taste: Taste, crossbars: int) -> KernelBits | None:
+        """Bits of least loss found; where cells of types hold other bits, at the prices of where nodes came to lie."""
+        found = last = self._allocator.within(fits, taste, self._cells(crossbars))
+        if len({shape.encoding for shape in geometries(self._problem.chip)}) == 1:
+            return found
+        tried: list[dict[str, Encoding]] = []
+        while found is not None and last is not None and len(tried) < _PRICE_TURNS:
+            encodings = self._problem.encodings(self._weights(last))
+            if encodings in tried:
+                break
+            tried.append(encodings)
+            prices = {name: cells_by_width(encoding) for name, encoding in encodings.items()}
+            last = self._allocator.priced(prices).within(fits, taste)
+            if last is not None and self._allocator.loss(last, taste) < self._allocator.loss(found, taste):
+                found = last
+        return found
 
     def _cells(self, crossbars: int) -> float:
         """Cells of the largest crossbars that a budget could take; not known where cells of types hold other bits."""

@@ -14,7 +14,8 @@ from raqu_onnx.data_base import Batch
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ChipError
 from raqu_onnx.evaluation import Reference, Score, make_session
-from raqu_onnx.placement import DoesNotFitError, count_crossbars, geometries, place
+from raqu_onnx.placement import DoesNotFitError, count_crossbars, place
+from raqu_onnx.search.cell_prices import cell_shares
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
 from raqu_onnx.session_model import session_model
 from raqu_onnx.shortage import shortage
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.data import Dataset
+    from raqu_onnx.encodings import Encoding
     from raqu_onnx.hardware import Chip, Sharing
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantizer import ModelQuantizer
@@ -121,6 +123,15 @@ class Problem:
         except DoesNotFitError:
             return None
 
+    def encodings(self, weights: tuple[NodeWidth, ...]) -> dict[str, Encoding]:
+        """How each node is stored on the crossbar types that it lies on; on the chip's first one if nothing is stored.
+
+        Raises:
+            DoesNotFitError: The chip is too small for these widths.
+        """
+        found = place(self.matrices(weights), self.chip, max_crossbars=self.max_crossbars)
+        return {name: found.geometries[found.types_by_node.get(name, (0,))[0]].encoding for name in self.names}
+
     def packed_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
         """Crossbars packed as the chip allows, its counts ignored."""
         found = self.crossbars(weights)
@@ -162,7 +173,7 @@ class Problem:
             return np.inf
         if self.chip.sharing == "exclusive":
             return float(alone)
-        return float(matrix.cells(geometries(self.chip)[0].encoding))
+        return sum(share * matrix.cells(encoding) for encoding, share in cell_shares(self.chip).items())
 
     def cost(self, weights: Sequence[int]) -> float:
         """Sum of the linear costs of a candidate with one width for each node."""
