@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -65,6 +65,21 @@ class DropRules:
         """Whether all that reads a node has a bias that takes up a constant in one of its channels."""
         flow = self.flows[name]
         return flow.absorbable and all(self._by_name[reader.name].op_type != "MatMul" for reader in flow.readers)
+
+    def tied(self, names: Iterable[str]) -> frozenset[str]:
+        """Nodes none of whose kernels may be dropped where these are to keep all of theirs; they are among them.
+
+        A node of several groups, such as a depthwise one, and a node that it reads are tied: a kernel dropped in
+        either can leave one in the other without rows, or unread. In a node of one group all rows would have to go.
+        """
+        import networkx as nx
+
+        graph: nx.Graph[str] = nx.Graph()
+        graph.add_nodes_from(self.flows)
+        for name, flow in self.flows.items():
+            grouped = (reader.name for reader in flow.readers if self._by_name[reader.name].layout.groups > 1)
+            graph.add_edges_from((name, other) for other in grouped)
+        return frozenset[str]().union(*(nx.node_connected_component(graph, name) for name in names))
 
     def apply(self, bits: Mapping[str, NDArray[np.int64]]) -> Pruned:
         """Follow dropped kernels through the model.

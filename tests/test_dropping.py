@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raqu_onnx.annotations import MAPPED, NodeBits, mapped_nodes
 from raqu_onnx.channel_flow import channel_flows
@@ -36,6 +38,12 @@ DEPTHWISE = """g (float[N, 2, 6, 6] x) => (y) {
     d = Relu (c)
     y = Conv (d, w2, b2)
 }"""
+TWICE = """g (float[N, 2, 6, 6] x) => (y) {
+    a = Conv (x, w1, b1)
+    b = Conv <group = 4, pads = [1, 1, 1, 1]> (a, wd, bd)
+    c = Conv <group = 2, pads = [1, 1, 1, 1]> (b, wg, bd)
+    y = Conv (c, w2, b2)
+}"""
 RESIDUAL = """g (float[N, 4, 6, 6] x) => (y) {
     a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
     b = Add (a, x)
@@ -45,6 +53,10 @@ SHAPES = {
     CHAIN: {"w1": (4, 2, 3, 3), "b1": (4,), "w2": (3, 4, 3, 3), "b2": (3,)},
     DEPTHWISE: {
         "w1": (4, 2, 1, 1), "b1": (4,), "wd": (4, 1, 3, 3), "bd": (4,), "w2": (3, 4, 1, 1), "b2": (3,),
+    },
+    TWICE: {
+        "w1": (4, 2, 1, 1), "b1": (4,), "wd": (4, 1, 3, 3), "bd": (4,), "wg": (4, 2, 3, 3), "w2": (3, 4, 1, 1),
+        "b2": (3,),
     },
     RESIDUAL: {"w1": (4, 4, 3, 3), "b1": (4,), "w2": (3, 4, 1, 1), "b2": (3,)},
 }  # fmt: skip
@@ -94,6 +106,23 @@ def test_a_kernel_that_only_dropped_ones_read_goes_too() -> None:
     pruned, names = prune(mapped_model(DEPTHWISE), c=[0, 4, 4, 0])
     assert pruned.bits[names["a"]].tolist() == [0, 4, 4, 0]
     assert pruned.row_counts(MAPPED.require(mapped_nodes(mapped_model(DEPTHWISE))[2])).tolist() == [2]  # type: ignore[union-attr]
+
+
+@given(st.sampled_from("abcy"), st.data())
+def test_a_node_keeps_its_kernels_where_none_of_a_tied_one_is_dropped(kept: str, data: st.DataObject) -> None:
+    model = mapped_model(TWICE)
+    nodes = {node.output_name: node for node in (MAPPED.require(node) for node in mapped_nodes(model))}
+    tied = DropRules(list(nodes.values()), channel_flows(model)).tied([nodes[kept].name])
+    assert tied == ({nodes["y"].name} if kept == "y" else {nodes[name].name for name in "abc"})
+    bits = {}
+    for output, node in nodes.items():
+        width = st.just(4) if node.name in tied else st.sampled_from([0, 4])
+        # A node that computes nothing at all is never asked for.
+        bits[output] = [4, *(data.draw(width) for _ in range(node.layout.channels - 1))]
+    pruned, names = prune(model, **bits)
+    assert pruned.bits[names[kept]].all()
+    counts = pruned.row_counts(nodes[kept])
+    assert counts is None or counts.all()
 
 
 def test_a_channel_that_is_added_to_another_keeps_its_rows() -> None:

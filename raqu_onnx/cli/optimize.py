@@ -139,8 +139,8 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "--keep",
         action="append",
         metavar="PATTERN,...",
-        help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get: "
-        "`first`, `last` (no mapped node before, or after), or patterns as above",
+        help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get, "
+        "and drop none of their kernels: `first`, `last` (no mapped node before, or after), or patterns as above",
     )
 
 

@@ -70,15 +70,15 @@ class KernelStage:
         problem, settings = self._problem, self._problem.settings
         widths = dict(zip(problem.names, kernel_widths(problem), strict=True))
         everything = sorted({bits for choices in widths.values() for bits in choices})
+        # What is kept at 8 bits keeps all kernels.
+        whole = _rules(problem).tied(problem.names[node] for node in settings.kept)
         losses = kernel_losses(
             problem.quantizer,
             error_curves(problem.model, problem.quantizer, widths=everything),
             _rules(problem),
             dict(zip(problem.names, sensitivity.weights, strict=True)),
             widths,
-            may_drop=frozenset(
-                name for node, name in enumerate(problem.names) if settings.drops and node not in settings.kept
-            ),
+            may_drop=frozenset(problem.names) - whole if settings.drops else frozenset(),
         )
         size = settings.group or 1
         groups = {name: grouped(item, size) for name, item in losses.items()} if size > 1 else {}
