@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(str(error), error.exit_code)
     except RaquError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; no result was written", file=sys.stderr)
+        return _fail(_with_notes(str(error), error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        print(_with_notes("interrupted; no result was written", stop), file=sys.stderr)
         return 130
-    except _TerminatedError:
-        print("terminated; no result was written", file=sys.stderr)
+    except _TerminatedError as stop:
+        print(_with_notes("terminated; no result was written", stop), file=sys.stderr)
         return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. 0 would claim success for a check that failed.
@@ -80,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(f"{error.filename or 'a temporary file'}: {error.strerror or error}", RaquError.exit_code)
     return code
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """What happened, and what is left of it."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> int:

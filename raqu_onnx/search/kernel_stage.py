@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raqu_onnx.error_curves import error_curves
 from raqu_onnx.errors import ConfigError
 from raqu_onnx.exclusive_allocation import ExclusiveAllocator
 from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
@@ -67,7 +66,7 @@ class KernelStage:
         everything = sorted({bits for choices in widths.values() for bits in choices})
         losses = kernel_losses(
             problem.quantizer,
-            error_curves(problem.model, problem.quantizer, widths=everything),
+            problem.curves(everything),
             _rules(problem),
             dict(zip(problem.names, sensitivity.weights, strict=True)),
             widths,
@@ -93,6 +92,8 @@ class KernelStage:
         nodes = [0] * len(self._problem.nodes)
         found: dict[int | None, Evaluation] = {}
         for exponent in self._starts:
+            if found and self._problem.clock.is_over():
+                break
             if exponent is None:
                 layers = self._layers.start(crossbars)
                 found |= {} if layers is None else {None: layers}
