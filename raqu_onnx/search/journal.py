@@ -174,8 +174,16 @@ class Journal:
         Raises:
             OutputError: The file cannot be written.
         """
-        self._answers[kind, bits] = value
-        self._append(_line(_entry(kind, bits, value)))
+        self.put_all(kind, {bits: value})
+
+    def put_all(self, kind: Kind, values: Mapping[Bits, Answer]) -> None:
+        """The same for several answers at once.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        self._answers |= {(kind, bits): value for bits, value in values.items()}
+        self._append(b"".join(_line(_entry(kind, bits, value)) for bits, value in values.items()))
 
     def _append(self, content: bytes) -> None:
         if self._stream is None:

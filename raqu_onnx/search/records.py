@@ -67,6 +67,7 @@ class Records:
         """
         wanted = dict.fromkeys(candidates)
         missing = [bits for bits in wanted if not self._knows(kind, bits)]
+        self._note_cached([bits for bits in wanted if bits in self._cached] if kind == "quick" else [])
         for done, (index, value) in enumerate(self._judges.answers(kind, missing, until) if missing else (), 1):
             self._known[kind, missing[index]] = value
             if self._journal is not None:
@@ -80,6 +81,12 @@ class Records:
             if found is not None:
                 self._known[kind, bits] = found
         return (kind, bits) in self._known
+
+    def _note_cached(self, candidates: Sequence[Bits]) -> None:
+        """Write what the cache answers into the journal too, which is then the same with and without a cache."""
+        new = [bits for bits in candidates if self._journal is not None and self._journal.get("quick", bits) is None]
+        if self._journal is not None and new:
+            self._journal.put_all("quick", {bits: self._cached[bits] for bits in new})
 
     def keep_sensitivities(self) -> None:
         """Leave all sensitivities to later searches, where there are new ones."""
