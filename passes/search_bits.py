@@ -11,7 +11,7 @@ from raqu_onnx.annotations import BITS, HISTOGRAM, INPUT, KEPT, MAPPED, QUANTIZE
 from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
-from raqu_onnx.search import Goal, Problem, SearchSettings, no_progress, search
+from raqu_onnx.search import Goal, Problem, SearchRun, SearchSettings, no_progress, search
 from raqu_onnx.weights import FitPart, WeightMethod
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class SearchBitsPass(ir.passes.InPlacePass):
         fit_samples: Most calibration samples that ``sequential`` fits on.
         fit_without: Parts of the weight method to leave out, see `raqu_onnx.weights`.
         progress: Told of every step.
+        run: How the search is carried out: its journal, its cache, its time.
     """
 
     name: ClassVar[str] = "search-bits"
@@ -53,6 +54,7 @@ class SearchBitsPass(ir.passes.InPlacePass):
     fit_samples: int = 512
     fit_without: frozenset[FitPart] = frozenset()
     progress: ProgressCallback = no_progress
+    run: SearchRun = field(default_factory=SearchRun)
 
     def requires(self, model: ir.Model) -> None:
         """Nodes are mapped and calibrated."""
@@ -80,7 +82,9 @@ class SearchBitsPass(ir.passes.InPlacePass):
             inputs=frozenset(index for index, node in enumerate(nodes) if INPUT.get(node)),
         )
         budget = self.goal.max_crossbars
-        problem = Problem(model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget)
+        problem = Problem(
+            model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget, run=self.run
+        )
         result = search(problem, self.goal)
         SEARCH.set(model, result)
         chosen = result.chosen.bits

@@ -203,6 +203,14 @@ class OptimizeConfig(BaseModel):
     batch_size: int = Field(SearchSettings.batch_size, ge=1, strict=True, description="samples per run")
     seed: int = Field(SearchSettings.seed, ge=0, lt=2**31, strict=True, description="seed of everything random")
     threads: int | None = Field(None, ge=1, strict=True, description="threads of onnxruntime, default all")
+    timeout: float | None = Field(
+        None, ge=0, strict=True, description="seconds after which the search comes to its end with what it has"
+    )
+    cache: bool = Field(
+        True,
+        strict=True,
+        description="keep sensitivities and error curves on disk for later searches of the same model",
+    )
     placement: PlacementMethod = Field(
         "fast", description="fast: constructive; exact: improved by an integer program where a gap is left"
     )
@@ -335,6 +343,7 @@ def effective_toml(config: OptimizeConfig) -> str:
         "max_crossbars": "no limit",
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
+        "timeout": "none, the evaluations bound the search",
         "passes": "the default pipeline",
         "replicate": "one copy of each node",
         "partitions": "all on the chip at once",

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from raqu_onnx.layout import WeightLayout
+    from raqu_onnx.quantized import QuantizedNode
 
-__all__ = ["SAFE_WEIGHT_BITS", "may_saturate", "saturates_here", "saturation_warning"]
+__all__ = ["SAFE_WEIGHT_BITS", "may_saturate", "saturates_here", "saturating", "saturation_warning"]
 
 #: Widest weights whose pairwise sums fit 16 bits with any 8-bit activation.
 SAFE_WEIGHT_BITS = 7
@@ -55,6 +56,15 @@ def may_saturate(codes: NDArray[np.integer], layout: WeightLayout, levels: int |
 
 def _is_depthwise(layout: WeightLayout) -> bool:
     return layout.kind == "conv" and len(layout.shape) == 4 and layout.shape[1] == layout.kernels == 1
+
+
+def saturating(nodes: Iterable[QuantizedNode]) -> list[str]:
+    """Names of the nodes whose sums may saturate on some CPUs."""
+    return [
+        item.node.name
+        for item in nodes
+        if may_saturate(item.codes, item.node.layout, None if item.activation is None else item.activation.levels)
+    ]
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.channel_flow import Reader
     from raqu_onnx.dropping import DropRules
-    from raqu_onnx.error_curves import ErrorCurves
+    from raqu_onnx.error_curves import ErrorCurve
     from raqu_onnx.quantizer import ModelQuantizer
 
 __all__ = ["Follower", "NodeLosses", "kernel_losses"]
@@ -63,7 +63,7 @@ class NodeLosses:
 
 def kernel_losses(
     quantizer: ModelQuantizer,
-    curves: ErrorCurves,
+    curves: Mapping[str, ErrorCurve],
     rules: DropRules,
     sensitivity: Mapping[str, NDArray[np.float64]],
     widths: Mapping[str, Sequence[int]],
@@ -97,7 +97,7 @@ class _Rates:
 
     def __init__(
         self,
-        curves: ErrorCurves,
+        curves: Mapping[str, ErrorCurve],
         sensitivity: Mapping[str, NDArray[np.float64]],
         widths: Mapping[str, Sequence[int]],
     ) -> None:
@@ -132,7 +132,7 @@ class _Rates:
 def _drop(
     name: str,
     quantizer: ModelQuantizer,
-    curves: ErrorCurves,
+    curves: Mapping[str, ErrorCurve],
     rules: DropRules,
     rates: _Rates,
     later: dict[str, NodeLosses],

@@ -27,7 +27,7 @@ from raqu_onnx.annotations import (
     unmapped_nodes,
 )
 from raqu_onnx.config import OptimizeConfig
-from raqu_onnx.cpu import may_saturate, saturation_warning
+from raqu_onnx.cpu import saturating, saturation_warning
 from raqu_onnx.errors import CheckError, naming_model
 from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
@@ -41,7 +41,8 @@ from raqu_onnx.passes.write_manifest import MODEL_FILE
 from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
 from raqu_onnx.results import Figures, OptimizeResult
 from raqu_onnx.run_data import RunData, open_run_data
-from raqu_onnx.search import no_progress
+from raqu_onnx.search import SearchRun, no_progress
+from raqu_onnx.search_control import open_journal, timeout_warning
 from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.placement import Placement
+    from raqu_onnx.quantized import QuantizedNode
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
@@ -77,6 +79,7 @@ def optimize(
     exclude: Iterable[str] = (),
     keep: Iterable[str] = (),
     force: bool = False,
+    resume: bool = False,
     progress: ProgressCallback = no_progress,
     **settings: Any,
 ) -> OptimizeResult:
@@ -93,7 +96,9 @@ def optimize(
         config: Settings.
         exclude: Patterns of nodes that stay as they are: names, operator types or regular expressions.
         keep: Patterns of nodes that keep 8 bits, and `first` or `last`.
-        force: Replace files of an earlier run in `output`.
+        force: Replace files of an earlier run in `output`, and what an unfinished one has judged.
+        resume: Go on with a search for the same `output` that was stopped, or make one that ended longer; the result is
+            that of a run that never stopped.
         progress: Told of every step of long passes.
         settings: Any other field of `OptimizeConfig`, which wins over `config`: ``weight_bits=(2, 8), seed=1``.
 
@@ -101,7 +106,8 @@ def optimize(
         The figures of float, baselines and ours, the search and all checks.
 
     Raises:
-        RaquError: Model, chip, data, settings or output are not usable; nothing has been written.
+        RaquError: Model, chip, data, settings or output are not usable; nothing has been written but, where the disk
+            was full, what was judged, for `resume`. That is kept too when the run is interrupted.
     """
     # Loaded before the limit below, which reaches only libraries that are in memory: scipy has a BLAS of its own.
     import scipy.linalg  # noqa: F401
@@ -116,17 +122,19 @@ def optimize(
     )
     folder = _path(output or run_settings.output)
     path = model if isinstance(model, str | Path) else None
-    if folder is not None:
-        check_output(folder, force=force, source=_path(path))
-    # Many small matrix products: threads of BLAS and onnxruntime would fight for the same cores.
-    with naming_model(model), threadpool_limits(1, user_api="blas"), staged_folder(folder) as staging:
-        loaded = load_model(model)
-        hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
-        data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
-        digest = None if path is None else model_digest(path, loaded)
-        resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress)
-        run = _Run(loaded, run_settings, resources, data)
-        return run.execute(folder)
+    with open_journal(folder, run_settings, resume=resume, force=force) as journal:
+        if folder is not None:
+            replaced = force or (journal is not None and journal.continues)
+            check_output(folder, force=replaced, source=_path(path))
+        # Many small matrix products: threads of BLAS and onnxruntime would fight for the same cores.
+        with naming_model(model), threadpool_limits(1, user_api="blas"), staged_folder(folder) as staging:
+            loaded = load_model(model)
+            hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
+            data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
+            digest = None if path is None else model_digest(path, loaded)
+            search_run = SearchRun(journal, run_settings.timeout, run_settings.cache)
+            resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress, search_run)
+            return _Run(loaded, run_settings, resources, data).execute(folder)
 
 
 def _with_settings(
@@ -194,7 +202,8 @@ class _Run:
             warnings=(
                 *self.data.warnings,
                 *(self.data.label_warnings(figures[0]) if figures else ()),
-                *saturation_warning(_saturating(model)),
+                *saturation_warning(saturating(_emitted(model))),
+                *timeout_warning(SEARCH.get(model), self.settings.timeout),
                 *([f"no copies: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),
@@ -210,6 +219,9 @@ class _Run:
     def _write_report(self, result: OptimizeResult) -> None:
         text = json.dumps(result.report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
         (self.resources.folder / REPORT_FILE).write_text(text, encoding="utf-8")
+        journal = self.resources.search_run.journal
+        if journal is not None:
+            journal.finish(self.resources.folder)
 
     # --- figures ----------------------------------------------------------------------------------------------
 
@@ -357,15 +369,9 @@ def _baseline_rows(
     return rows
 
 
-def _saturating(model: ir.Model) -> list[str]:
-    """Emitted nodes whose sums may saturate on some CPUs."""
-    found = [QUANTIZED.get(node) for node in model.graph if EMITTED.get(node) is not None]
-    return [
-        item.node.name
-        for item in found
-        if item is not None
-        and may_saturate(item.codes, item.node.layout, None if item.activation is None else item.activation.levels)
-    ]
+def _emitted(model: ir.Model) -> list[QuantizedNode]:
+    found = (QUANTIZED.get(node) for node in model.graph if EMITTED.get(node) is not None)
+    return [item for item in found if item is not None]
 
 
 def _dropped_by_node(model: ir.Model) -> dict[str, int]:

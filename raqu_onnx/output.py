@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raqu_onnx.errors import OutputError, RaquError
+from raqu_onnx.file_lock import can_lock, lock_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["RESULT_FILES", "check_output", "staged_folder"]
 
 #: What a run may write at the top of its folder; those that a new run does not write would contradict it.
-RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json")
+RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json", "journal.jsonl")
+# What names of temporary folders begin and end with.
+_STAGING = (".raqu-", ".part")
 # Likewise below it: models dumped after a pass, such as dumps/00-tidy.onnx, and their weights.
 _RESULT_PATTERNS = ("dumps/[0-9][0-9]-*.onnx", "dumps/[0-9][0-9]-*.onnx.data")
 
@@ -68,8 +71,9 @@ def staged_folder(folder: Path | None) -> Iterator[Path]:
     """
     parent = Path(tempfile.gettempdir()) if folder is None else _nearest_folder(folder)
     where = folder or parent
+    _remove_abandoned(parent)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".raqu-", suffix=".part", dir=parent))
+        staging, lock = _locked_folder(parent)
     except OSError as error:
         raise OutputError(
             f"{where}: cannot write in {parent}: {error.strerror}; name another folder with -o"
@@ -89,6 +93,41 @@ def staged_folder(folder: Path | None) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(fresh), str(where))) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int | None]:
+    """A new temporary folder, and the descriptor that keeps others from taking it for abandoned.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING[0], suffix=_STAGING[1], dir=parent))
+        lock = _open_folder(staging)
+        # Between the two lines another run may have found it without a lock, and removed it.
+        if lock is None or (lock_file(lock) and staging.is_dir()):
+            return staging, lock
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove temporary folders of runs that were killed: their locks are free."""
+    for staging in parent.glob(_STAGING[0] + "*" + _STAGING[1]):
+        lock = _open_folder(staging)
+        if lock is not None:
+            if lock_file(lock):
+                shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
+
+
+def _open_folder(path: Path) -> int | None:
+    """A descriptor of a folder, None where the system gives none or the folder is not there or not ours."""
+    try:
+        return os.open(path, os.O_RDONLY) if can_lock() else None
+    except OSError:
+        return None
 
 
 class _Publication:

@@ -8,7 +8,7 @@ import re
 import time
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,7 +31,7 @@ from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
 from raqu_onnx.replication import require_budget
-from raqu_onnx.search import no_progress
+from raqu_onnx.search import SearchRun, no_progress
 from raqu_onnx.weights import FIT_PARTS, METHOD_PARTS
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 # Samples of the selection data that the emitted model is run on at both optimization levels.
 _CHECKED_SAMPLES = 16
+
+#: Settings that change no byte of the result, unless the time runs out.
+UNRECORDED = ("output", "threads", "timeout", "cache")
 
 #: Names of the default pipeline's passes, in order.
 DEFAULT_PIPELINE = (
@@ -81,6 +84,7 @@ class Resources:
         folder: Where files are written; published by the caller when all passes have succeeded.
         source_sha256: Digest of the source model.
         progress: Told of every step of long passes.
+        search_run: How the search is carried out.
     """
 
     chip: Chip
@@ -89,6 +93,7 @@ class Resources:
     folder: Path
     source_sha256: str | None = None
     progress: ProgressCallback = no_progress
+    search_run: SearchRun = field(default_factory=SearchRun)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             fit_samples=config.fit_samples,
             fit_without=frozenset(config.fit_without),
             progress=resources.progress,
+            run=resources.search_run,
         ),
         # Integer codes, scales and biases at those bits.
         QuantizeWeightsPass(
@@ -158,7 +164,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,
-            configuration=config.model_dump(mode="json", by_alias=True, exclude={"output", "threads"}),
+            configuration=config.model_dump(mode="json", by_alias=True, exclude=set(UNRECORDED)),
             seed=config.seed,
             cells=config.cells,
             source_sha256=resources.source_sha256,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,23 @@ def test_a_full_disk_is_told_and_left_as_it_was(small_disk: Path) -> None:
         fill(staging, "model.onnx", text="x" * 20_000)
     assert names(small_disk) == ["model.onnx"]
     assert (small_disk / "model.onnx").read_text() == "old"
+
+
+def test_what_killed_runs_left_behind_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    script = "import os, sys; from pathlib import Path; from raqu_onnx.output import staged_folder\n"
+    script += (
+        "with staged_folder(Path(sys.argv[1])) as new: (new / 'x').touch(); print(new.parent, flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    others = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, alive = (Path(str(other.stdout and other.stdout.readline()).strip()) for other in others)
+    others[0].kill()
+    others[0].wait()
+    assert killed.is_dir()
+    with staged_folder(tmp_path / "mine"):
+        assert not killed.exists()
+        assert (alive / "new" / "x").exists()
+    others[1].communicate("\n")
+    assert (tmp_path / "out" / "x").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "mine"}
+    others[0].communicate()

@@ -18,6 +18,7 @@ from raqu_onnx.native_output import no_native_output
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
 from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program, useful_widths
+from raqu_onnx.search.run import Clock
 from raqu_onnx.search.sensitivity import measure_sensitivity
 
 CELLS_PER_CROSSBAR = 64
@@ -38,6 +39,7 @@ class FakeProblem:
         self.reference = Score(1000, top1=1.0, agreement=1.0, kl=0.0)
         self.evaluations: list[Evaluation] = []
         self.scored: list[Bits] = []
+        self.clock = Clock()
         self.cell_cost = np.full((len(sizes), 9), np.inf)
         for node, size in enumerate(sizes):
             for bits in range(self.settings.weight_bits[0], 9):
@@ -73,6 +75,10 @@ class FakeProblem:
     def score(self, bits: Bits) -> Score:
         loss = self.loss(bits)
         return Score(1000, top1=max(0.0, 1 - loss / 4), agreement=1 - loss / 4, kl=loss)
+
+    def quick_many(self, candidates: list[Bits], what: str) -> list[float]:
+        self.progress(what, len(candidates), len(candidates))
+        return [self.quick_fidelity(bits) for bits in candidates]
 
     def quick_fidelity(self, bits: Bits) -> float:
         return self.loss(bits)

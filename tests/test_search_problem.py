@@ -19,7 +19,7 @@ from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.search import Bits, Goal, SearchSettings, search
-from raqu_onnx.search import problem as problem_module
+from raqu_onnx.search import judge as judge_module
 from raqu_onnx.search.problem import Problem
 from raqu_onnx.spool import Spool, SpoolError
 
@@ -28,7 +28,7 @@ from raqu_onnx.spool import Spool, SpoolError
 def test_sensitivity_is_measured_on_the_samples_asked_for(batch: str | int, small_net: Any, small_data: Any) -> None:
     judged: list[int] = []
     found = real_problem(small_net(batch=batch), small_data(48), sensitivity_samples=20, batch_size=16)
-    stream = found._simulator.stream
+    stream = found._judge._simulator.stream
 
     def counted(*arguments: Any) -> Any:
         judged.append(0)
@@ -36,7 +36,7 @@ def test_sensitivity_is_measured_on_the_samples_asked_for(batch: str | int, smal
             judged[-1] += batch.size
             yield batch, outputs
 
-    found._simulator.stream = counted  # type: ignore[method-assign]
+    found._judge._simulator.stream = counted  # type: ignore[method-assign]
     assert found.quick_fidelity(Bits.uniform(len(found.nodes), 2, 8)) > 0
     # Whole batches of 16, or of what the model fixes.
     assert judged == [32 if batch == "N" else 20]
@@ -82,13 +82,13 @@ def test_selection_data_beyond_memory_and_disk_is_read_again(
     bits = Bits.uniform(3, 3, 8)
     expected = real_problem(small_net(), small_data(48), batch_size=16).score(bits)
     for room in (10_000, 0):
-        monkeypatch.setattr(problem_module, "Spool", lambda room=room: Spool(room))
+        monkeypatch.setattr(judge_module, "Spool", lambda room=room: Spool(room))
         assert real_problem(small_net(), small_data(48), batch_size=16).score(bits) == expected
 
     def full() -> Any:
         raise SpoolError("no room")
 
-    monkeypatch.setattr(problem_module, "Spool", lambda: SimpleNamespace(append=lambda _: full()))
+    monkeypatch.setattr(judge_module, "Spool", lambda: SimpleNamespace(append=lambda _: full()))
     assert real_problem(small_net(), small_data(48), batch_size=16).score(bits) == expected
 
 

@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return _fail(error.lines(), error.exit_code)
     except RaquError as error:
-        return _fail(error.lines(), error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; no result was written", file=sys.stderr)
+        return _fail([*error.lines(), *_notes(error)], error.exit_code)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted; no result was written", *_notes(stop)]), file=sys.stderr)
         return 130
-    except _TerminatedError:
-        print("terminated; no result was written", file=sys.stderr)
+    except _TerminatedError as stop:
+        print("; ".join(["terminated; no result was written", *_notes(stop)]), file=sys.stderr)
         return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. 0 would claim success for a check that failed.
@@ -81,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f"{error.filename or 'a temporary file'}: {error.strerror or error}"
         return _fail([said], RaquError.exit_code)
     return code
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What is left of a run that ended early."""
+    return list(getattr(error, "__notes__", []))
 
 
 def _fail(lines: Iterable[str], code: int) -> int:

@@ -27,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--model", choices=_MODELS, default="resnet20", help="bundled model (default: resnet20)")
     parser.add_argument("-o", "--output", metavar="DIR", default="raqu-onnx-demo", help="default: raqu-onnx-demo")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier demo")
+    parser.add_argument("--resume", action="store_true", help="go on with a demo that was stopped")
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     parser.add_argument("--time-passes", action="store_true", help="print the time of every pass")
     add_common(parser)
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
 
     start_logging(args)
     folder = Path(args.output) / args.model
-    check_output(folder / "result", force=args.force)
+    check_output(folder / "result", force=args.force or args.resume)
     files = write_bundled(args.model, folder)
     config = OptimizeConfig(
         model=str(files.model),

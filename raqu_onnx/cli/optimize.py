@@ -33,6 +33,10 @@ the centre.
 Without --quiet, the stages of the run go to stderr with the seconds so far, as
 a bar on a terminal. Warnings are also in report.json.
 
+A search that is stopped, by Ctrl-C or otherwise, leaves what it has judged in
+DIR.journal.jsonl; the same command with --resume goes on. The result holds the
+finished journal as journal.jsonl.
+
 exit codes: 0 done; 1 ran, but the goal was not met, or stdout could not be
 written (the files are complete); 2 bad usage, model, chip or data, no result
 was written; 130 interrupted; 141 the reader of a pipe left
@@ -56,6 +60,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the search for this folder that was stopped, or make one that ended longer (--evaluations); "
+        "the result is that of a run that never stopped",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     add_common(parser)
     _add_data(parser.add_argument_group("data"))
@@ -189,6 +199,19 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="samples per run (default: 64)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
     group.add_argument("--threads", type=int, metavar="N", help="threads of onnxruntime (default: all)")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="seek no more candidates after this time, and write the best so far",
+    )
+    group.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        default=None,
+        help="neither read nor keep sensitivities and error curves in the user's cache folder",
+    )
 
 
 def _add_pipeline(group: argparse._ArgumentGroup) -> None:
@@ -208,7 +231,8 @@ _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
     "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
     "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
-    "sensitivity_samples", "batch_size", "seed", "threads", "passes", "skip", "dump_after", "placement", "cells",
+    "sensitivity_samples", "batch_size", "seed", "threads", "timeout", "cache", "passes", "skip",
+    "dump_after", "placement", "cells",
 )  # fmt: skip
 
 
@@ -263,14 +287,16 @@ def run_optimize(config: OptimizeConfig, args: argparse.Namespace) -> int:
 
     Args:
         config: The settings.
-        args: Needs `format`, `quiet`, `no_progress`, `force` and `time_passes`.
+        args: Needs `format`, `quiet`, `no_progress`, `force`, `resume` and `time_passes`.
     """
     from raqu_onnx.cli.tables import print_result, print_timings
     from raqu_onnx.optimization import optimize
     from raqu_onnx.progress import show_progress
 
     with show_progress(enabled=not (args.no_progress or args.quiet)) as progress:
-        result = optimize(str(config.model), config.output, config=config, force=args.force, progress=progress)
+        result = optimize(
+            str(config.model), config.output, config=config, force=args.force, resume=args.resume, progress=progress
+        )
     _print_warnings(result.warnings, args)
     with result_is_complete(result.output):
         if args.format == "json":
@@ -294,7 +320,7 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
     """Open everything, write nothing, say what would be done."""
     from raqu_onnx.planning import plan
 
-    steps = plan(str(config.model), config.output, config=config, force=args.force)
+    steps = plan(str(config.model), config.output, config=config, force=args.force or args.resume)
     if args.format == "json":
         print_json({"schema_version": 1, **steps})
         return 0

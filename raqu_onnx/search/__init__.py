@@ -13,6 +13,7 @@ from raqu_onnx.search.result import (
     pareto_front,
     points_below,
 )
+from raqu_onnx.search.run import SearchRun
 
 __all__ = [
     "Bits",
@@ -22,6 +23,7 @@ __all__ = [
     "Problem",
     "ProgressCallback",
     "SearchResult",
+    "SearchRun",
     "SearchSettings",
     "UniformBaseline",
     "check_room",

@@ -64,6 +64,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         front=pareto_front(problem.evaluations),
         evaluations=tuple(problem.evaluations),
         nodes=problem.names,
+        timed_out=problem.clock.stopped,
     )
 
 
@@ -79,6 +80,8 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
     widths = range(MAX_BITS, lowest - 1, -1) if goal or not settings.is_uniform else (MAX_BITS,)
     baselines: list[UniformBaseline] = []
     for step, width in enumerate(widths):
+        if baselines and problem.clock.is_over():
+            break
         problem.progress("judging uniform widths", step, len(widths))
         bits = settings.bits(nodes, width, activation)
         if not np.isfinite(problem.cost(list(bits.by_node.values()))):
@@ -214,7 +217,7 @@ def _best_within(problem: Problem, stage: Stage, crossbars: int) -> Evaluation:
     region = stage.region(crossbars, min(known, key=lambda e: e.score.loss))
     for done in range(problem.settings.evaluations):
         problem.progress("Bayesian search", done, problem.settings.evaluations)
-        if region.step() is None:
+        if problem.clock.is_over() or region.step() is None:
             break
     problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
     return region.incumbent
@@ -238,7 +241,7 @@ def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluat
         if not _meets(problem, goal, best.score, 0):
             return best
     high = best.crossbars
-    while low < high:
+    while low < high and not problem.clock.is_over():
         middle = (low + high) // 2
         problem.progress(f"allocation to {middle} crossbars", 0, 1)
         found = stage.start(middle)
@@ -253,7 +256,7 @@ def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluat
 def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) -> Evaluation:
     """Spend the evaluations on budgets below the best one; a budget that is met makes way for a smaller one."""
     left = problem.settings.evaluations
-    while left > 0:
+    while left > 0 and not problem.clock.is_over():
         budget = best.crossbars - max(1, best.crossbars // 50)
         known = [e for e in problem.evaluations if e.crossbars <= budget]
         start = stage.start(budget) if budget > 0 else None
@@ -263,7 +266,7 @@ def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) 
         while left > 0 and not _meets(problem, goal, region.incumbent.score, 0):
             problem.progress("Bayesian search", problem.settings.evaluations - left, problem.settings.evaluations)
             left -= 1
-            if region.step() is None:
+            if problem.clock.is_over() or region.step() is None:
                 left = 0
         if not _meets(problem, goal, region.incumbent.score, 0):
             break
@@ -279,14 +282,14 @@ def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) 
 
 def _refine(problem: Problem, stage: Stage, best: Evaluation, evaluations: int) -> Evaluation:
     """Lower the loss at the crossbars that were reached: what they have left over gets bits."""
-    if not evaluations:
+    if not evaluations or problem.clock.is_over():
         return best
     found = [best, stage.start(best.crossbars)]
     start = min((e for e in found if e is not None), key=lambda e: e.score.loss)
     region = stage.region(best.crossbars, start)
     for done in range(evaluations):
         problem.progress("Bayesian search, same crossbars", done, evaluations)
-        if region.step() is None:
+        if problem.clock.is_over() or region.step() is None:
             break
     return region.incumbent
 
@@ -305,7 +308,7 @@ def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, 
     best = chosen
     steps = _activation_steps(problem, sensitivity, chosen.bits.activations)
     taken, reach = 0, len(steps)
-    while taken < reach:
+    while taken < reach and not problem.clock.is_over():
         middle = (taken + reach + 1) // 2
         problem.progress("narrowing activations", taken, len(steps))
         trial = problem.evaluate(Bits(chosen.bits.weights, steps[middle - 1]), "narrower activations")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raqu_onnx.error_curves import error_curves
 from raqu_onnx.errors import ConfigError
 from raqu_onnx.exclusive_allocation import ExclusiveAllocator
 from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
@@ -74,7 +73,7 @@ class KernelStage:
         whole = _rules(problem).tied(problem.names[node] for node in settings.kept)
         losses = kernel_losses(
             problem.quantizer,
-            error_curves(problem.model, problem.quantizer, widths=everything),
+            problem.curves(everything),
             _rules(problem),
             dict(zip(problem.names, sensitivity.weights, strict=True)),
             widths,
@@ -98,6 +97,8 @@ class KernelStage:
         nodes = [0] * len(self._problem.nodes)
         found: dict[int | None, Evaluation] = {}
         for exponent in self._starts:
+            if found and self._problem.clock.is_over():
+                break
             if exponent is None:
                 layers = self._layers.start(crossbars)
                 found |= {} if layers is None else {None: layers}

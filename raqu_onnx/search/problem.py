@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raqu_onnx.annotations import NodeBits
-from raqu_onnx.data_base import Batch
 from raqu_onnx.encodings import MAX_BITS
+from raqu_onnx.error_curves import error_curves
 from raqu_onnx.errors import ChipError
-from raqu_onnx.evaluation import Reference, Score, make_session
+from raqu_onnx.evaluation import Score
 from raqu_onnx.placement import DoesNotFitError, count_crossbars, place
 from raqu_onnx.search.cell_prices import cell_shares
+from raqu_onnx.search.judge import Judge
+from raqu_onnx.search.records import Records
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
-from raqu_onnx.session_model import session_model
+from raqu_onnx.search.run import Clock, InProcess, SearchRun
 from raqu_onnx.shortage import shortage
-from raqu_onnx.simulation import Simulator
-from raqu_onnx.spool import Spool, SpoolError
 from raqu_onnx.tiling import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.encodings import Encoding
+    from raqu_onnx.error_curves import ErrorCurve
     from raqu_onnx.hardware import Chip, Sharing
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantizer import ModelQuantizer
@@ -57,6 +57,7 @@ class Problem:
         settings: How the search is run.
         progress: Told of every evaluation.
         max_crossbars: The budget; on a chip with several crossbar types, placements stay within it where they can.
+        run: How the search is carried out.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Problem:
         progress: ProgressCallback = no_progress,
         *,
         max_crossbars: int | None = None,
+        run: SearchRun = SearchRun(),  # noqa: B008 - frozen
     ) -> None:
         self.model = model
         self.quantizer = quantizer
@@ -79,14 +81,12 @@ class Problem:
         self.nodes: list[MappedNode] = [source.node for source in quantizer.sources.values()]
         self.names = tuple(node.name for node in self.nodes)
         self.evaluations: list[Evaluation] = []
-        self._batches = _Batches(selection, settings.batch_size)
-        session = make_session(session_model(model), threads=settings.threads)
-        self._reference = Reference(session, selection, settings.batch_size, settings.task)
-        self.reference = self._reference.score
-        self._simulator = Simulator(
-            model, self.nodes, threads=settings.threads, float_activations=settings.activation_bits is None
-        )
-        self._scores: dict[Bits, Score] = {}
+        self._evaluated: set[Bits] = set()
+        self.clock = Clock(run.timeout)
+        self._judge = Judge(model, quantizer, selection, settings)
+        self.reference = self._judge.reference
+        self._cache = run.begin(model, quantizer, selection, settings)
+        self._records = Records(InProcess(self._judge), run.journal, self._cache)
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._matrices: dict[tuple[int, int], Matrix] = {}
         self.cell_cost = self._linear_costs()
@@ -187,79 +187,69 @@ class Problem:
         Raises:
             DoesNotFitError: It does not fit the chip.
         """
-        crossbars = self.crossbars(bits.weights)
-        if crossbars is None:
+        return self.evaluate_many([bits], origin)[0]
+
+    def evaluate_many(self, candidates: Sequence[Bits], origin: str) -> list[Evaluation]:
+        """Judge candidates that fit the chip, at the same time where there are workers.
+
+        Raises:
+            DoesNotFitError: One does not fit the chip.
+        """
+        counts = [self.crossbars(bits.weights) for bits in candidates]
+        if None in counts:
             raise DoesNotFitError(f"the candidate does not fit chip {self.chip.name}")
-        known = bits in self._scores
-        evaluation = Evaluation(bits, crossbars, self.score(bits), origin)
-        if not known:
-            self.evaluations.append(evaluation)
-        return evaluation
+        found: list[Evaluation] = []
+        for bits, crossbars, score in zip(candidates, counts, self.score_many(candidates), strict=True):
+            found.append(Evaluation(bits, crossbars or 0, score, origin))
+            if bits not in self._evaluated:
+                self._evaluated.add(bits)
+                self.evaluations.append(found[-1])
+        return found
 
     def score(self, bits: Bits) -> Score:
         """Score on the whole selection set."""
-        if bits not in self._scores:
-            self._scores[bits] = self._judge(bits)
-        return self._scores[bits]
+        return self.score_many([bits])[0]
+
+    def score_many(self, candidates: Sequence[Bits]) -> list[Score]:
+        """Scores on the whole selection set."""
+        found = self._records.answers("score", candidates)
+        return [score for bits in candidates if isinstance(score := found[bits], Score)]
 
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
-        # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
-        quantized = {name: self.quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
-        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()))
-        return replace(found, top1=None).loss
+        (found,) = self._records.answers("quick", [bits]).values()
+        return float(found) if isinstance(found, float) else found.loss
 
-    def _first_batches(self) -> Iterator[Batch]:
-        """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""
-        seen = 0
-        for batch in self._batches:
-            yield batch
-            seen += batch.size
-            if seen >= self.settings.sensitivity_samples:
-                return
+    def quick_many(self, candidates: Sequence[Bits], what: str) -> list[float | None]:
+        """The same for many candidates.
 
-    def _judge(self, bits: Bits) -> Score:
-        """Quantize as the emitted model would be, and run it."""
-        quantized = self.quantizer.quantize_model(self._widths(bits))
-        return self._reference.judge(self._simulator.stream(quantized, self._batches))
+        Args:
+            candidates: The candidates.
+            what: What progress says is being done.
 
-    def _widths(self, bits: Bits) -> dict[str, NodeBits]:
-        activations = bits.activations or (None,) * len(self.names)
-        return {
-            name: NodeBits(weight, activation)
-            for name, weight, activation in zip(self.names, bits.weights, activations, strict=True)
-        }
+        Returns:
+            One for each, None where time was up before.
+        """
+        total = len(candidates)
+        self.progress(what, 0, total)
+        found = self._records.answers(
+            "quick", candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
+        )
+        self.progress(what, total, total)
+        self._records.keep_sensitivities()
+        return [value if isinstance(value := found.get(bits), float) else None for bits in candidates]
+
+    def curves(self, widths: Sequence[int]) -> Mapping[str, ErrorCurve]:
+        """Error curves of all nodes at some widths."""
+        known = None if self._cache is None else self._cache.curves(widths, self.names)
+        if known is not None:
+            return known
+        found = error_curves(self.model, self.quantizer, widths=widths)
+        if self._cache is not None:
+            self._cache.keep_curves(widths, found)
+        return found
 
 
 def _digest(weights: tuple[NodeWidth, ...]) -> bytes:
     """Stands for the widths of all kernels, of which a search tries thousands."""
     return hashlib.blake2b(repr(weights).encode(), digest_size=16).digest()
-
-
-class _Batches:
-    """The batches of a dataset, which every candidate reads again: decoded once, with bounded memory."""
-
-    def __init__(self, dataset: Dataset, batch_size: int) -> None:
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._labels: list[NDArray[np.int64] | None] = []
-        self._names: list[str] = []
-        self._spool: Spool | None = None
-        spool = Spool()
-        try:
-            for batch in dataset.batches(batch_size):
-                self._names = list(batch.feeds)
-                self._labels.append(batch.labels)
-                # Copies: a source may fill the same arrays again.
-                spool.append([np.array(array) for array in batch.feeds.values()])
-        except SpoolError:
-            # No room for a copy: the source is read each time.
-            return
-        self._spool = spool
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._spool is None:
-            yield from self._dataset.batches(self._batch_size)
-            return
-        for labels, arrays in zip(self._labels, self._spool, strict=True):
-            yield Batch(dict(zip(self._names, arrays, strict=True)), labels)

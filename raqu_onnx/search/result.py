@@ -209,6 +209,7 @@ class SearchResult:
         front: Evaluations that no other beats in both crossbars and loss, by rising crossbars.
         evaluations: All of them in the order in which they were made.
         nodes: Names of the mapped nodes, in the order of `Bits`.
+        timed_out: Something was left undone for want of time.
     """
 
     goal: Goal
@@ -220,6 +221,7 @@ class SearchResult:
     front: tuple[Evaluation, ...]
     evaluations: tuple[Evaluation, ...]
     nodes: tuple[str, ...]
+    timed_out: bool = False
 
 
 def points_below(reference: Score, score: Score) -> float:

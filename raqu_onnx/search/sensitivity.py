@@ -52,19 +52,41 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
     if settings.activation_bits is not None and activation is not None:
         free = [node for node in range(nodes) if node not in settings.kept]
         jobs += [(node, b, False) for node in free for b in range(settings.activation_bits[0], activation)]
+    trials = [widest, *(_trial(widest, *job) for job in jobs)]
+    base, *losses = problem.quick_many(trials, "measuring sensitivity")
     weights = np.zeros((nodes, MAX_BITS + 1))
     activations = None if activation is None else np.zeros((nodes, MAX_BITS + 1))
-    base = problem.quick_fidelity(widest)
-    for done, (node, bits, is_weight) in enumerate(jobs):
-        problem.progress("measuring sensitivity", done, len(jobs))
-        if is_weight:
-            trial = Bits(_changed(widest.weights, node, bits), widest.activations)
-            weights[node, bits] = problem.quick_fidelity(trial) - base
-        elif activations is not None and widest.activations is not None:
-            trial = Bits(widest.weights, _changed(widest.activations, node, bits))
-            activations[node, bits] = problem.quick_fidelity(trial) - base
-    problem.progress("measuring sensitivity", len(jobs), len(jobs))
+    for is_weight, table in ((True, weights), (False, activations)):
+        if table is not None:
+            pairs = zip(jobs, losses, strict=True)
+            _fill(table, [(node, bits, loss) for (node, bits, kind), loss in pairs if kind == is_weight], base)
     return Sensitivity(_falling(weights), None if activations is None else _falling(activations))
+
+
+def _trial(widest: Bits, node: int, bits: int, is_weight: bool) -> Bits:
+    """All nodes at the widest but one, in its weights or in its input."""
+    if is_weight or widest.activations is None:
+        return Bits(_changed(widest.weights, node, bits), widest.activations)
+    return Bits(widest.weights, _changed(widest.activations, node, bits))
+
+
+def _fill(table: NDArray[np.float64], found: list[tuple[int, int, float | None]], base: float | None) -> None:
+    """Losses above the base; what there was no time to measure is taken from the other nodes.
+
+    Args:
+        table: Shape (nodes, 9).
+        found: Nodes, widths and losses, None where there was no time.
+        base: Loss of the widest widths.
+    """
+    known: dict[int, list[float]] = {}
+    for node, bits, loss in found:
+        if loss is not None and base is not None:
+            table[node, bits] = loss - base
+            known.setdefault(bits, []).append(table[node, bits])
+    for node, bits, loss in found:
+        if loss is None or base is None:
+            # The power of rounding falls fourfold with each bit.
+            table[node, bits] = float(np.median(known[bits])) if bits in known else 4.0**-bits
 
 
 def _changed(widths: tuple[T, ...], node: int, bits: T) -> tuple[T, ...]:

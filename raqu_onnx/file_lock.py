@@ -1,0 +1,32 @@
+"""Locks on open files, which the system takes back when their process ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+from importlib.util import find_spec
+from typing import IO, Any
+
+__all__ = ["can_lock", "lock_file"]
+
+
+def can_lock() -> bool:
+    """Whether this system has such locks; Windows has not."""
+    return find_spec("fcntl") is not None
+
+
+def lock_file(stream: IO[Any] | int) -> bool:
+    """Take a file, or a folder given by its descriptor, for this process until it is closed.
+
+    Returns:
+        False where another one holds it. True too where the system or the disk knows no such locks: work goes on
+        without.
+    """
+    if not can_lock():
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True

@@ -1,0 +1,115 @@
+"""How good a candidate is: quantized as it would be emitted, and run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raqu_onnx.annotations import NodeBits
+from raqu_onnx.data_base import Batch
+from raqu_onnx.evaluation import Reference, Score, make_session
+from raqu_onnx.session_model import session_model
+from raqu_onnx.simulation import Simulator
+from raqu_onnx.spool import Spool, SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from raqu_onnx.data import Dataset
+    from raqu_onnx.quantizer import ModelQuantizer
+    from raqu_onnx.search.journal import Answer, Kind
+    from raqu_onnx.search.result import Bits, SearchSettings
+
+__all__ = ["Judge"]
+
+
+class Judge:
+    """Judges candidates of one model on one set of data; the same candidate gets the same floats every time.
+
+    Args:
+        model: The tidied, mapped and calibrated float model.
+        quantizer: Its quantizer.
+        selection: Data that candidates are judged on.
+        settings: Threads, batch size, task and sensitivity samples.
+
+    Attributes:
+        reference: Score of the float model.
+    """
+
+    def __init__(
+        self, model: ir.Model, quantizer: ModelQuantizer, selection: Dataset, settings: SearchSettings
+    ) -> None:
+        self._quantizer = quantizer
+        self._samples = settings.sensitivity_samples
+        self._batches = _Batches(selection, settings.batch_size)
+        session = make_session(session_model(model), threads=settings.threads)
+        self._reference = Reference(session, selection, settings.batch_size, settings.task)
+        self.reference = self._reference.score
+        nodes = [source.node for source in quantizer.sources.values()]
+        self._simulator = Simulator(
+            model, nodes, threads=settings.threads, float_activations=settings.activation_bits is None
+        )
+
+    def answer(self, kind: Kind, bits: Bits) -> Answer:
+        """What a search asks, by its kind."""
+        return self.score(bits) if kind == "score" else self.quick_fidelity(bits)
+
+    def score(self, bits: Bits) -> Score:
+        """Score on the whole selection set, quantized as the emitted model would be."""
+        quantized = self._quantizer.quantize_model(self._widths(bits))
+        return self._reference.judge(self._simulator.stream(quantized, self._batches))
+
+    def quick_fidelity(self, bits: Bits) -> float:
+        """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
+        # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
+        quantized = {name: self._quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
+        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()))
+        return replace(found, top1=None).loss
+
+    def _first_batches(self) -> Iterator[Batch]:
+        """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""
+        seen = 0
+        for batch in self._batches:
+            yield batch
+            seen += batch.size
+            if seen >= self._samples:
+                return
+
+    def _widths(self, bits: Bits) -> dict[str, NodeBits]:
+        activations = bits.activations or (None,) * len(bits.weights)
+        pairs = zip(bits.weights, activations, strict=True)
+        return {name: NodeBits(*pair) for name, pair in zip(self._quantizer.sources, pairs, strict=True)}
+
+
+class _Batches:
+    """The batches of a dataset, which every candidate reads again: decoded once, with bounded memory."""
+
+    def __init__(self, dataset: Dataset, batch_size: int) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._labels: list[NDArray[np.int64] | None] = []
+        self._names: list[str] = []
+        self._spool: Spool | None = None
+        spool = Spool()
+        try:
+            for batch in dataset.batches(batch_size):
+                self._names = list(batch.feeds)
+                self._labels.append(batch.labels)
+                # Copies: a source may fill the same arrays again.
+                spool.append([np.array(array) for array in batch.feeds.values()])
+        except SpoolError:
+            # No room for a copy: the source is read each time.
+            return
+        self._spool = spool
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._spool is None:
+            yield from self._dataset.batches(self._batch_size)
+            return
+        for labels, arrays in zip(self._labels, self._spool, strict=True):
+            yield Batch(dict(zip(self._names, arrays, strict=True)), labels)
