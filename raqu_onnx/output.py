@@ -14,10 +14,21 @@ from raqu_onnx.errors import OutputError, RaquError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["RESULT_FILES", "check_output", "staged_folder"]
+__all__ = ["QONNX_FILE", "RESULT_FILES", "check_output", "staged_folder"]
+
+#: The emitted model in the QONNX form, written on request.
+QONNX_FILE = "model.qonnx.onnx"
 
 #: What a run may write at the top of its folder; those that a new run does not write would contradict it.
-RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json")
+RESULT_FILES = (
+    "model.onnx",
+    "model.onnx.data",
+    "manifest.json",
+    "cells.npz",
+    "report.json",
+    QONNX_FILE,
+    f"{QONNX_FILE}.data",
+)
 # Likewise below it: models dumped after a pass, such as dumps/00-tidy.onnx, and their weights.
 _RESULT_PATTERNS = ("dumps/[0-9][0-9]-*.onnx", "dumps/[0-9][0-9]-*.onnx.data")
 
