@@ -20,7 +20,6 @@ from raqu_onnx.model_io import load_model, to_proto
 from raqu_onnx.output import QONNX_FILE
 from raqu_onnx.qonnx_model import QONNX_DOMAIN, qonnx_model
 
-
 QUANT = onnx.parser.parse_function(
     """<opset_import: ["": 17], domain: "qonnx.custom_op.general">
     Quant <signed, narrow, rounding_mode>(x, scale, zeropt, bits) => (y) {
