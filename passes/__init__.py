@@ -17,6 +17,7 @@ from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.widen_half import WidenHalfPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
+from raqu_onnx.passes.write_qonnx import WriteQonnxPass
 
 __all__ = [
     "PASSES",
@@ -35,6 +36,7 @@ __all__ = [
     "TidyPass",
     "WidenHalfPass",
     "WriteManifestPass",
+    "WriteQonnxPass",
 ]
 
 #: Every pass by its name; the first five are what `tidy` is made of.
@@ -55,6 +57,7 @@ PASSES = {
         InsertQDQPass,
         PlaceCrossbarsPass,
         WriteManifestPass,
+        WriteQonnxPass,
         CheckPass,
     )
 }

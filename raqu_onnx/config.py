@@ -215,6 +215,9 @@ class OptimizeConfig(BaseModel):
         "fast", description="fast: constructive; exact: improved by an integer program where a gap is left"
     )
     cells: bool = Field(False, strict=True, description="also write the level of every programmed cell")
+    emit: Annotated[tuple[Literal["qonnx"], ...], BeforeValidator(_pattern_list)] = Field(
+        (), description="further forms of the emitted model to write: qonnx"
+    )
     passes: str | None = Field(None, description="pipeline to run instead of the default one")
     skip: tuple[str, ...] = Field((), description="passes of the pipeline to leave out")
     dump_after: tuple[str, ...] = Field((), description="passes after which the model is written to the dumps folder")

@@ -88,12 +88,12 @@ class SchemaError(ManifestError):
 class Manifest(Entry):
     """A model on a chip; what the cells file beside it holds, `raqu-onnx manifest schema cells` tells."""
 
-    format: Literal["raqu-onnx-manifest"]
-    version: Literal[1]
+    format: Literal["raqu-onnx-manifest"] = Field(description="says what kind of file this is")
+    version: Literal[1] = Field(description="of the format: a reader of another version must stop here")
     digest: str = Field(description="SHA-256 of the canonical JSON (sorted keys, no spaces, ASCII) without this key")
     tool: Tool
     model: ModelFile
-    seed: Whole
+    seed: Whole = Field(description="seed of everything random in the run")
     configuration: dict[str, JsonValue] = Field(description="settings of the run")
     calibration: DataProvenance | None
     selection: DataProvenance | None

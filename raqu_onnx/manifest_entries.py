@@ -54,8 +54,8 @@ class Entry(BaseModel):
 class Tool(Entry):
     """What wrote the manifest."""
 
-    name: str
-    version: str
+    name: str = Field(description="of the program")
+    version: str = Field(description="of the program")
     libraries: dict[str, str] = Field(description="versions of the libraries that it ran on")
 
 
@@ -70,9 +70,9 @@ class ModelFile(Entry):
 class DataProvenance(Entry):
     """A data set that was used."""
 
-    name: str
-    digest: str
-    samples: Whole
+    name: str = Field(description="file name, without its folder, or what gave the samples")
+    digest: str = Field(description="SHA-256 of the data")
+    samples: Whole = Field(description="how many were used")
     synthetic: bool = Field(description="generated, not real data")
 
 
@@ -81,8 +81,8 @@ class CellSlice(Entry):
 
     column: Whole = Field(description="bitline, counted from the kernel's first")
     row: Whole = Field(description="wordline, counted from the weight's first")
-    shift: Whole
-    sign: Literal[1, -1]
+    shift: Whole = Field(description="the level counts 2**shift")
+    sign: Literal[1, -1] = Field(description="of what it adds to the weight")
     polarity: Polarity | None = Field(
         description="the half of a signed weight that the cell holds, and with arrays in pairs the array of the pair "
         "that it lies in; null where the encoding has no halves"
@@ -92,7 +92,7 @@ class CellSlice(Entry):
 class WidthEntry(Entry):
     """How weights of one bit-width are stored."""
 
-    bits: Annotated[int, Field(ge=2, le=8)]
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(description="width of the weights")
     columns: Positive = Field(description="bitlines that one kernel takes in each array")
     offset: Whole = Field(description="subtracted from every weight's read-out: times sum(x) from the kernel's result")
     codes: tuple[Signed, Signed] = Field(description="smallest and largest code, inclusive")
@@ -103,8 +103,8 @@ class EncodingEntry(Entry):
     """How signed weights are stored in one crossbar type."""
 
     crossbar_type: Whole = Field(description="index into chip.crossbars")
-    scheme: SignedEncoding
-    cell_bits: Positive
+    scheme: SignedEncoding = Field(description="name of the signed encoding")
+    cell_bits: Positive = Field(description="bits of one cell: levels reach from 0 to 2**cell_bits - 1")
     rows_per_weight: Positive = Field(
         description="wordlines per row of the matrix: row i of a placement starts at its wordline rows_per_weight * i"
     )
@@ -121,7 +121,9 @@ class EncodingEntry(Entry):
 class MatrixEntry(Entry):
     """The weight tensor read as matrices of stored rows by kernels."""
 
-    kind: Literal["conv", "conv-transpose", "in-out", "out-in"]
+    kind: Literal["conv", "conv-transpose", "in-out", "out-in"] = Field(
+        description="how the tensor is read; see row_order"
+    )
     shape: tuple[Positive, ...] = Field(description="of the ONNX tensor")
     groups: Positive = Field(description="G")
     rows: Positive = Field(description="K, wordlines of one group's matrix")
@@ -133,14 +135,14 @@ class MatrixEntry(Entry):
 class WindowEntry(Entry):
     """Sliding window of a Conv or ConvTranspose, as the ONNX attributes give it; one entry per spatial axis."""
 
-    kernel: tuple[Positive, ...]
-    strides: tuple[Positive, ...]
-    dilations: tuple[Positive, ...]
+    kernel: tuple[Positive, ...] = Field(description="size")
+    strides: tuple[Positive, ...] = Field(description="step")
+    dilations: tuple[Positive, ...] = Field(description="distance of neighbouring taps")
     pads: tuple[Signed, ...] = Field(description="all begins, then all ends")
-    auto_pad: str
-    transposed: bool
-    output_padding: tuple[Whole, ...]
-    output_shape: tuple[Positive, ...] | None
+    auto_pad: str = Field(description="NOTSET where pads count, else as ONNX defines it")
+    transposed: bool = Field(description="true for ConvTranspose")
+    output_padding: tuple[Whole, ...] = Field(description="of a ConvTranspose, else empty")
+    output_shape: tuple[Positive, ...] | None = Field(description="of a ConvTranspose that gives it, else null")
 
 
 class ActivationEntry(Entry):
@@ -151,10 +153,10 @@ class ActivationEntry(Entry):
     """
 
     tensor: str = Field(description="UINT8 value in the ONNX graph that holds the codes")
-    scale_name: str
-    zero_point_name: str
-    scale: Step
-    zero_point: Whole
+    scale_name: str = Field(description="initializer with the scale")
+    zero_point_name: str = Field(description="initializer with the zero point")
+    scale: Step = Field(description="real value of one step of the code")
+    zero_point: Whole = Field(description="code of 0.0")
     bits: Annotated[int, Field(ge=2, le=8)] = Field(description="codes reach from 0 to 2**bits - 1")
 
 
@@ -167,7 +169,7 @@ class PlacementEntry(Entry):
         "partitions.crossbars says which array a number stands for"
     )
     polarity: Polarity | None = Field(description="with arrays in pairs: which of the pair; else null")
-    group: Whole
+    group: Whole = Field(description="the group of the node whose matrix this is a part of")
     rows: Range = Field(description="wordlines of the crossbar")
     cols: Range = Field(description="bitlines of the crossbar, the unit column included")
     weight_rows: Range = Field(description="range in the sequence of the group's stored rows")
@@ -194,7 +196,7 @@ class NodeEntry(Entry):
     """A node that crossbars compute."""
 
     name: str = Field(description="of the ONNX node")
-    op_type: MappedOp
+    op_type: MappedOp = Field(description="of the ONNX node")
     output: str = Field(description="the node's output value")
     weight: str = Field(description="initializer with the codes")
     weight_scale: str = Field(description="initializer with the scales")
@@ -223,7 +225,7 @@ class NodeEntry(Entry):
 class StageEntry(Entry):
     """When a node computes; stages are listed in a valid order."""
 
-    node: str
+    node: str = Field(description="name of the mapped node")
     partition: Whole = Field(description="index into partitions: the node computes while that one is on the chip")
     after: tuple[str, ...] = Field(description="the nearest mapped nodes that it depends on")
     turns: Whole = Field(description="turns that one MVM takes because blocks of the node share rows or columns")
@@ -256,22 +258,22 @@ class PartitionEntry(Entry):
 class UnmappedEntry(Entry):
     """A node that could have been mapped and stays as it is: in float, or as another tool quantized it."""
 
-    name: str
-    op_type: str
-    reason: str
+    name: str = Field(description="of the ONNX node")
+    op_type: str = Field(description="of the ONNX node")
+    reason: str = Field(description="why it is not on crossbars")
 
 
 class Ratio(Entry):
     """A share, not divided."""
 
-    numerator: Whole
-    denominator: Whole
+    numerator: Whole = Field(description="what counts")
+    denominator: Whole = Field(description="what it is a share of")
 
 
 class CrossbarTotal(Entry):
     """Crossbars of one type."""
 
-    name: str
+    name: str = Field(description="of the crossbar type")
     allocated: Whole = Field(description="physical arrays in use, numbered from 0; summed over partitions")
     count: Positive | None = Field(description="physical arrays on the chip; null: as many as needed")
 
@@ -322,6 +324,6 @@ class Totals(Entry):
         description="fewest cells of allocated crossbars, likewise; what is above it in cell_utilization.denominator "
         "is the gap"
     )
-    placements: Whole
+    placements: Whole = Field(description="how many there are")
     dropped_kernels: Whole = Field(description="over all groups of all nodes")
     cost: CostEntry

@@ -39,7 +39,7 @@ from raqu_onnx.output import check_output, staged_folder
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import MODEL_FILE
 from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
-from raqu_onnx.results import Figures, OptimizeResult
+from raqu_onnx.results import Figures, OptimizeResult, in_memory
 from raqu_onnx.run_data import RunData, open_run_data
 from raqu_onnx.search import SearchRun, no_progress
 from raqu_onnx.search_control import open_journal, timeout_warning
@@ -87,7 +87,7 @@ def optimize(
 
     Args:
         model: Path, or a model in memory, which is not changed.
-        output: Folder to write; with None here and in `config` nothing is written.
+        output: Folder to write; with None here and in `config` nothing is written, and the emitted model is in memory.
         calibration: Inputs that ranges are measured on; wins over `config`, like the next ones. Without any, synthetic
             inputs are used and the result says so.
         selection: Data that widths are chosen on; without any, a part of the calibration data is set aside.
@@ -103,7 +103,8 @@ def optimize(
         settings: Any other field of `OptimizeConfig`, which wins over `config`: ``weight_bits=(2, 8), seed=1``.
 
     Returns:
-        The figures of float, baselines and ours, the search and all checks.
+        The figures of float, baselines and ours, the search, all checks, and the emitted model: `result.model` for
+        onnx_ir, `result.proto` as a message.
 
     Raises:
         RaquError: Model, chip, data, settings or output are not usable; nothing has been written but, where the disk
@@ -212,6 +213,7 @@ class _Run:
             data=self.data.summary(),
             method=self.settings.method,
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
+            unwritten=in_memory(staging / MODEL_FILE) if folder is None else None,
         )
         self._write_report(result)
         return result

@@ -15,10 +15,22 @@ from raqu_onnx.file_lock import can_lock, lock_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["RESULT_FILES", "check_output", "staged_folder"]
+__all__ = ["QONNX_FILE", "RESULT_FILES", "check_output", "staged_folder"]
+
+#: The emitted model in the QONNX form, written on request.
+QONNX_FILE = "model.qonnx.onnx"
 
 #: What a run may write at the top of its folder; those that a new run does not write would contradict it.
-RESULT_FILES = ("model.onnx", "model.onnx.data", "manifest.json", "cells.npz", "report.json", "journal.jsonl")
+RESULT_FILES = (
+    "model.onnx",
+    "model.onnx.data",
+    "manifest.json",
+    "cells.npz",
+    "report.json",
+    "journal.jsonl",
+    QONNX_FILE,
+    f"{QONNX_FILE}.data",
+)
 # What names of temporary folders begin and end with.
 _STAGING = (".raqu-", ".part")
 # Likewise below it: models dumped after a pass, such as dumps/00-tidy.onnx, and their weights.

@@ -30,6 +30,7 @@ from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
 from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.passes.write_manifest import WriteManifestPass
+from raqu_onnx.passes.write_qonnx import WriteQonnxPass
 from raqu_onnx.replication import require_budget
 from raqu_onnx.search import SearchRun, no_progress
 from raqu_onnx.weights import FIT_PARTS, METHOD_PARTS
@@ -171,6 +172,8 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             calibration=_provenance(resources.calibration),
             selection=_provenance(resources.selection),
         ),
+        # The same model for tools that read QONNX.
+        *([WriteQonnxPass(resources.folder)] if "qonnx" in config.emit else []),
         # The files read back as a stranger would, every invariant, both optimization levels.
         CheckPass(resources.folder, take(resources.selection, _CHECKED_SAMPLES), threads=config.threads),
     ]
@@ -203,6 +206,8 @@ def _default_names(config: OptimizeConfig) -> list[str]:
     names = list(DEFAULT_PIPELINE)
     if config.equalize:
         names.insert(names.index(CalibratePass.name), EqualizePass.name)
+    if "qonnx" in config.emit:
+        names.insert(names.index(CheckPass.name), WriteQonnxPass.name)
     return names
 
 
@@ -220,17 +225,23 @@ def build_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pass
     require_parts(config.partitions, config.replicate)
     chosen = default_pipeline(config, resources)
     if config.passes is not None:
-        defaults = {_name(item): item for item in (_equalize(config, resources), *chosen)}
+        extra = (_equalize(config, resources), WriteQonnxPass(resources.folder))
+        defaults = {_name(item): item for item in (*extra, *chosen)}
         chosen = [_configured(name, options, defaults) for name, options in _parse(config.passes)]
-        if config.equalize and not any(isinstance(item, EqualizePass) for item in chosen):
-            raise ConfigError(
-                f"--equalize: the pipeline given with --passes does not run it; add {EqualizePass.name} before "
-                f"{CalibratePass.name}"
-            )
+        if config.equalize:
+            _require_run("--equalize", EqualizePass.name, f"before {CalibratePass.name}", chosen)
+        if "qonnx" in config.emit:
+            _require_run("--emit qonnx", WriteQonnxPass.name, f"after {WriteManifestPass.name}", chosen)
     _require_known("skip", config.skip, chosen)
     chosen = [item for item in chosen if _name(item) not in config.skip]
     _require_known("dump-after", config.dump_after, chosen)
     return chosen
+
+
+def _require_run(option: str, name: str, place: str, chosen: Iterable[ir.passes.PassBase]) -> None:
+    """Make sure that a pipeline given as text runs the pass that an option asks for."""
+    if name not in [_name(item) for item in chosen]:
+        raise ConfigError(f"{option}: the pipeline given with --passes does not run it; add {name} {place}")
 
 
 def _require_parts(config: OptimizeConfig) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raqu_onnx.errors import ModelError
 from raqu_onnx.json_values import finite
 from raqu_onnx.report import VERSION, Report
 
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import onnx
+    import onnx_ir as ir
+
     from raqu_onnx.evaluation import Score
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
 
-__all__ = ["DataSummary", "Figures", "OptimizeResult", "describe_goal"]
+__all__ = ["DataSummary", "Figures", "OptimizeResult", "describe_goal", "in_memory"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class OptimizeResult:
         data: What ranges were measured on, widths were chosen on and the result is reported on, by these roles:
             `calibration`, `selection`, `evaluation`.
         method: Settings of the method that were not the default, as options of the command line.
+        unwritten: The emitted model where no folder was given and it fits into a message; see `model` and `proto`.
     """
 
     output: Path | None
@@ -114,6 +119,33 @@ class OptimizeResult:
     gap: float | None = None
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
     method: tuple[str, ...] = ()
+    unwritten: onnx.ModelProto | None = None
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The emitted model as a message: for onnxruntime, onnx and whatever else takes one.
+
+        Raises:
+            ModelError: Its file is gone, or too large for a message.
+        """
+        from raqu_onnx.model_io import to_proto
+
+        return to_proto(self.model) if self.unwritten is None else self.unwritten
+
+    @property
+    def model(self) -> ir.Model:
+        """The emitted model for further onnx_ir passes, read from the folder, or from memory where none was written.
+
+        Raises:
+            ModelError: Its file is gone.
+        """
+        from raqu_onnx.model_io import load_model
+        from raqu_onnx.passes.write_manifest import MODEL_FILE
+
+        source = self.unwritten if self.output is None else self.output / MODEL_FILE
+        if source is None:
+            raise ModelError("the emitted model was neither written nor kept: give `optimize` a folder")
+        return load_model(source, check_weights=False)
 
     @property
     def goal_met(self) -> bool | None:
@@ -169,6 +201,14 @@ class OptimizeResult:
             "output": None if self.output is None else str(self.output),
             "seconds": {item.name: round(item.seconds, 3) for item in self.timings},
         }
+
+
+def in_memory(path: Path) -> onnx.ModelProto | None:
+    """An emitted model that no folder keeps; None where it is too large for a message."""
+    from raqu_onnx.model_io import LARGEST_PROTO, load_model, to_proto, weight_bytes
+
+    model = load_model(path, check_weights=False)
+    return to_proto(model) if weight_bytes(model) <= LARGEST_PROTO else None
 
 
 def describe_goal(goal: Goal, *, fixed: bool = False, metric: str = "") -> str:

@@ -22,7 +22,7 @@ from raqu_onnx.cli.parser import Parser
 from raqu_onnx.cli.printing import StdoutError, telling_stdout
 from raqu_onnx.errors import RaquError
 
-__all__ = ["main"]
+__all__ = ["full_parser", "main"]
 
 # A command's module is imported only when the command is used, so that help answers at once.
 _COMMANDS = {
@@ -34,6 +34,7 @@ _COMMANDS = {
     "hw": "list, show and check chip descriptions",
     "passes": "list the passes of the pipeline with their options",
     "manifest": "print the manifest's JSON Schema, or a manifest's summary",
+    "completion": "print a completion script for bash, zsh or fish",
 }
 
 # What a shell reports of programs that SIGPIPE ends.
@@ -140,7 +141,12 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _parser(chosen: str | None) -> Parser:
+def full_parser() -> Parser:
+    """The parser with the options of all commands; `main` builds only those of the one that is called."""
+    return _parser(*_COMMANDS)
+
+
+def _parser(*chosen: str | None) -> Parser:
     parser = Parser(
         prog="raqu-onnx",
         description="Mixed-precision quantization and mapping of ONNX models for chips made of RRAM crossbars.",
@@ -149,7 +155,7 @@ def _parser(chosen: str | None) -> Parser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, help_text in _COMMANDS.items():
-        if name == chosen:
+        if name in chosen:
             importlib.import_module(f"raqu_onnx.cli.{name}").add_parser(commands)
             parser.chosen = commands.choices[name]
         else:

@@ -225,6 +225,13 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
         help="exact: where the fast placement leaves a gap, improve it by an integer program (default: fast)",
     )
     group.add_argument("--cells", action="store_true", default=None, help="also write every programmed cell, cells.npz")
+    group.add_argument(
+        "--emit",
+        action="append",
+        metavar="FORMAT",
+        help="write the emitted model in a further form too: qonnx, with a Quant node of the right width for every "
+        "weight, activation and bias, as model.qonnx.onnx (default: none)",
+    )
 
 
 _SETTINGS = (
@@ -248,7 +255,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     }
     given = {key: value for key, value in pictures.items() if value is not None}
     values["pictures"] = given or None
-    for key in ("keep", "fit_without"):
+    for key in ("keep", "fit_without", "emit"):
         texts = getattr(args, key)
         values[key] = None if texts is None else [part for text in texts for part in split_patterns(text)]
     return values

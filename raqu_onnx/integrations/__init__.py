@@ -1,0 +1,1 @@
+"""Our passes inside other people's flows; each module needs the package that it is named after."""

@@ -1,0 +1,199 @@
+"""A hook of mkdocs: writes the tables of keys from the typed models, so that they cannot go stale.
+
+Where a page says ``<!-- keys: NAME -->``, the tables of `chip`, `manifest` or `settings` come. `mkdocs.yml` names this
+file under `hooks`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from typing import Any
+
+from pydantic import BaseModel
+
+from raqu_onnx.config import OptimizeConfig
+from raqu_onnx.hardware import Chip, Components, CrossbarType, Hierarchy
+from raqu_onnx.manifest import manifest_schema
+
+__all__ = ["CHIP_PARTS", "expand", "on_page_markdown", "tables"]
+
+_MARK = re.compile(r"<!-- keys: (\w+) -->")
+_ATTRIBUTE = re.compile(r"^(\w+): (.*)$")
+#: Parts of the manifest's schema that the chip file's own page tells of.
+CHIP_PARTS = ("Chip", "Components", "CrossbarType", "Hierarchy", "JsonValue")
+# Numbers that JSON readers with doubles can hold: no limit that a reader must know.
+_LARGEST = 2**53 - 1
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """What mkdocs calls with every page's text."""
+    return expand(markdown)
+
+
+def expand(markdown: str) -> str:
+    """Replace every mark by its tables."""
+    return _MARK.sub(lambda found: tables(found[1]), markdown)
+
+
+def tables(name: str) -> str:
+    """All tables of one kind of file.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    match name:
+        case "chip":
+            return _chip_tables()
+        case "manifest":
+            return _manifest_tables()
+        case "settings":
+            return _settings_table()
+        case _:
+            raise ValueError(f"no keys are known by the name {name!r}")
+
+
+def _chip_tables() -> str:
+    schema = Chip.model_json_schema()
+    parts = [_table(schema["properties"], _attributes(Chip), schema.get("required", []))]
+    for key, model, title in (
+        ("CrossbarType", CrossbarType, "`[[crossbars]]`"),
+        ("Hierarchy", Hierarchy, "`[hierarchy]`"),
+        ("Components", Components, "`[components]`"),
+    ):
+        part = schema["$defs"][key]
+        table = _table(part["properties"], _attributes(model), part.get("required", []))
+        parts.append(f"### {title} {{ #{key.lower()} }}\n\n{_first_line(model)}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _manifest_tables() -> str:
+    schema = manifest_schema()
+    parts = [_table(schema["properties"], _described(schema), None)]
+    for name, part in schema["$defs"].items():
+        if name in CHIP_PARTS:
+            continue
+        text = str(part["description"]).split("\n\n")
+        parts.append(
+            f"### {name} {{ #{name.lower()} }}\n\n"
+            + "\n\n".join(text)
+            + "\n\n"
+            + _table(part["properties"], _described({**part, "$defs": schema["$defs"]}), None)
+        )
+    return "\n\n".join(parts)
+
+
+def _settings_table() -> str:
+    schema = OptimizeConfig.model_json_schema(mode="serialization", by_alias=True)
+    defaults = OptimizeConfig().model_dump(mode="json", by_alias=True)
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for key, part in schema["properties"].items():
+        rows.append(f"| `{key}` | {_value(defaults[key])} | {_escaped(part['description'])} |")
+    return "\n".join(rows)
+
+
+def _table(properties: dict[str, Any], meanings: dict[str, str], required: list[str] | None) -> str:
+    """One row a key; the column of defaults is left out where `required` is None: then all keys always stand there."""
+    heads = ["key", "value", *([] if required is None else ["default"]), "meaning"]
+    rows = [heads, ["---"] * len(heads)]
+    for key, part in properties.items():
+        default = [] if required is None else ["required" if key in required else _default(part)]
+        rows.append([f"`{key}`", _kind(part), *default, _escaped(meanings[key])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _default(part: dict[str, Any]) -> str:
+    if "$ref" in part:
+        return "empty"
+    if "default" not in part:
+        return "see there"
+    return _value(part["default"])
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "none"
+    if value in ("", {}, [], ()):
+        return "empty"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _kind(part: dict[str, Any]) -> str:
+    """A JSON Schema in a few words."""
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        return (
+            "any JSON value"
+            if name == "JsonValue"
+            else f"[{name}](#{name.lower()})"
+            if name != "Chip"
+            else "[chip](chip-file.md)"
+        )
+    if "anyOf" in part:
+        kinds = [_kind(item) for item in part["anyOf"]]
+        return " or ".join(kinds)
+    if "const" in part or "enum" in part:
+        return ", ".join(f"`{item}`" for item in part.get("enum", [part.get("const")]))
+    match part.get("type"):
+        case "array" if "prefixItems" in part:
+            return f"[{', '.join(_kind(item) for item in part['prefixItems'])}]"
+        case "array":
+            return f"list of {_kind(part['items'])}"
+        case "object" if "additionalProperties" in part:
+            return (
+                f"object of {_kind(part['additionalProperties'])}"
+                if part["additionalProperties"] is not True
+                else "object"
+            )
+        case "integer" | "number":
+            return _number(part)
+        case kind:
+            return {"boolean": "true or false", "null": "null"}.get(str(kind), str(kind))
+
+
+def _number(part: dict[str, Any]) -> str:
+    low, high, above = part.get("minimum"), part.get("maximum"), part.get("exclusiveMinimum")
+    name = "integer" if part["type"] == "integer" else "number"
+    if above is not None:
+        return f"{name} above {above}"
+    bounded = high is not None and high < _LARGEST
+    if low is not None and abs(low) < _LARGEST:
+        return f"{name} {low} to {high}" if bounded else f"{name} from {low}"
+    return f"{name} up to {high}" if bounded else name
+
+
+def _described(part: dict[str, Any]) -> dict[str, str]:
+    """What a schema says of each key; of one without words of its own, what its type says."""
+    return {key: item.get("description") or _of_type(item, part["$defs"]) for key, item in part["properties"].items()}
+
+
+def _of_type(item: dict[str, Any], definitions: dict[str, Any]) -> str:
+    for found in (item, *item.get("anyOf", ()), item.get("items", {})):
+        if "$ref" in found:
+            return str(definitions[found["$ref"].rpartition("/")[2]].get("description", "")).split("\n")[0]
+    return ""
+
+
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """What a Google docstring says of each attribute."""
+    text = inspect.getdoc(model) or ""
+    section = textwrap.dedent(text.partition("Attributes:\n")[2])
+    found: dict[str, str] = {}
+    key = ""
+    for line in section.splitlines():
+        if start := _ATTRIBUTE.match(line):
+            key = start[1]
+            found[key] = start[2]
+        elif line.strip():
+            found[key] += f" {line.strip()}"
+    return found
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (inspect.getdoc(model) or "").splitlines()[0]
+
+
+def _escaped(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|").replace("[", "\\[").replace("*", "\\*")
