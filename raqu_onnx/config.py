@@ -203,6 +203,11 @@ class OptimizeConfig(BaseModel):
     batch_size: int = Field(SearchSettings.batch_size, ge=1, strict=True, description="samples per run")
     seed: int = Field(SearchSettings.seed, ge=0, lt=2**31, strict=True, description="seed of everything random")
     threads: int | None = Field(None, ge=1, strict=True, description="threads of onnxruntime, default all")
+    workers: int = Field(1, ge=1, strict=True, description="processes of this machine that judge candidates")
+    dask: str | None = Field(None, description="scheduler of a Dask cluster whose workers judge candidates")
+    batch: int | None = Field(
+        None, ge=1, strict=True, description="candidates that are asked for at once, default as many as workers"
+    )
     timeout: float | None = Field(
         None, ge=0, strict=True, description="seconds after which the search comes to its end with what it has"
     )
@@ -286,6 +291,7 @@ class OptimizeConfig(BaseModel):
             sensitivity_samples=self.sensitivity_samples,
             batch_size=self.batch_size,
             seed=self.seed,
+            batch=self.batch or self.workers,
             threads=self.threads,
             task=self.task,
             kept_weight_bits=most,
@@ -346,6 +352,8 @@ def effective_toml(config: OptimizeConfig) -> str:
         "max_crossbars": "no limit",
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
+        "dask": "none, this machine judges",
+        "batch": "as many as workers",
         "timeout": "none, the evaluations bound the search",
         "passes": "the default pipeline",
         "replicate": "one copy of each node",

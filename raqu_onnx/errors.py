@@ -22,6 +22,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RaquError",
+    "WorkerError",
     "naming_model",
 ]
 
@@ -64,6 +65,10 @@ class CheckError(RaquError):
     """What was made failed its own check."""
 
     exit_code: ClassVar[int] = 1
+
+
+class WorkerError(RaquError):
+    """Workers that judge candidates cannot be reached, do not fit, or die."""
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
 from raqu_onnx.results import Figures, OptimizeResult, in_memory
 from raqu_onnx.run_data import RunData, open_run_data
 from raqu_onnx.search import SearchRun, no_progress
-from raqu_onnx.search_control import open_journal, timeout_warning
+from raqu_onnx.search_control import open_journal, open_pool, search_warnings
 from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.tiling import Matrix
@@ -133,9 +133,10 @@ def optimize(
             hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
             data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
             digest = None if path is None else model_digest(path, loaded)
-            search_run = SearchRun(journal, run_settings.timeout, run_settings.cache)
-            resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress, search_run)
-            return _Run(loaded, run_settings, resources, data).execute(folder)
+            with open_pool(run_settings, staging.parent / "judging") as (run_settings, pool):
+                how = SearchRun(journal, run_settings.timeout, run_settings.cache, pool)
+                resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress, how)
+                return _Run(loaded, run_settings, resources, data).execute(folder)
 
 
 def _with_settings(
@@ -204,7 +205,7 @@ class _Run:
                 *self.data.warnings,
                 *(self.data.label_warnings(figures[0]) if figures else ()),
                 *saturation_warning(saturating(_emitted(model))),
-                *timeout_warning(SEARCH.get(model), self.settings.timeout),
+                *search_warnings(SEARCH.get(model), self.resources.search_run),
                 *([f"no copies: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),

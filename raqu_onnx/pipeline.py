@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 _CHECKED_SAMPLES = 16
 
 #: Settings that change no byte of the result, unless the time runs out.
-UNRECORDED = ("output", "threads", "timeout", "cache")
+UNRECORDED = ("output", "threads", "workers", "dask", "timeout", "cache")
 
 #: Names of the default pipeline's passes, in order.
 DEFAULT_PIPELINE = (

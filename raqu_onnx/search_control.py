@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from raqu_onnx.errors import ConfigError
+from raqu_onnx.evaluation import default_threads
 from raqu_onnx.passes.search_bits import SearchBitsPass
 from raqu_onnx.pipeline import pass_names
+from raqu_onnx.search.dask_pool import dask_pool
 from raqu_onnx.search.journal import Journal
+from raqu_onnx.search.pools import LocalPool
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from raqu_onnx.config import OptimizeConfig
-    from raqu_onnx.search import SearchResult
+    from raqu_onnx.search import SearchResult, SearchRun
+    from raqu_onnx.search.pools import Pool
 
-__all__ = ["open_journal", "timeout_warning"]
+__all__ = ["open_journal", "open_pool", "search_warnings"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,23 +42,63 @@ def open_journal(
     Raises:
         OutputError: There is an unfinished run and neither is asked for, or another run writes the same folder.
     """
-    searching = not settings.search_settings.is_uniform and SearchBitsPass.name in pass_names(settings)
-    if folder is not None and searching:
+    if folder is not None and _searches(settings):
         return Journal(folder, resume=resume, force=force)
     if resume:
         logger.warning("--resume: nothing is searched here that could be gone on with")
     return nullcontext()
 
 
-def timeout_warning(found: SearchResult | None, seconds: float | None) -> list[str]:
-    """What a user must know of a search whose time was up; nothing where it was not.
+def _searches(settings: OptimizeConfig) -> bool:
+    return not settings.search_settings.is_uniform and SearchBitsPass.name in pass_names(settings)
+
+
+@contextmanager
+def open_pool(settings: OptimizeConfig, scratch: Path) -> Iterator[tuple[OptimizeConfig, Pool | None]]:
+    """Workers, and the settings with what depends on them: threads of each evaluation, and candidates asked at once.
+
+    All of the run has these threads, not workers alone: what is emitted has the floats of what was judged.
+
+    Args:
+        settings: What is asked for.
+        scratch: A folder that may be made for what workers of this machine are made of.
+
+    Raises:
+        ConfigError: Both kinds of workers are asked for.
+        WorkerError: A cluster cannot be reached, or does not run what runs here.
+    """
+    if settings.dask is not None and settings.workers > 1:
+        raise ConfigError("--workers: --dask has workers of its own; leave one of them out")
+    if settings.dask is not None and _searches(settings):
+        with dask_pool(settings.dask, settings.threads) as pool:
+            yield _with(settings, pool), pool
+    elif settings.workers > 1 and _searches(settings):
+        threads = settings.threads or max(1, default_threads() // settings.workers)
+        local = LocalPool(settings.workers, threads, scratch)
+        yield _with(settings, local), local
+    else:
+        yield settings.model_copy(update={"batch": settings.batch or 1}), None
+
+
+def _with(settings: OptimizeConfig, pool: Pool) -> OptimizeConfig:
+    return settings.model_copy(update={"threads": pool.threads, "batch": settings.batch or pool.workers})
+
+
+def search_warnings(found: SearchResult | None, run: SearchRun) -> list[str]:
+    """What a user must know of how a search was carried out.
 
     Args:
         found: What the search found.
-        seconds: The time that it had.
+        run: How it was carried out.
     """
-    if found is None or not found.timed_out:
-        return []
-    done = len(found.evaluations)
-    text = f"the search came to its end after {seconds:g} seconds with {done} candidates judged; the same command with"
-    return [f"{text} --resume and more time goes on"]
+    warnings = []
+    if found is not None and found.timed_out:
+        done = len(found.evaluations)
+        warnings.append(
+            f"the search came to its end after {run.timeout:g} seconds with {done} candidates judged; the same command "
+            "with --resume and more time goes on"
+        )
+    if run.pool is not None and len(run.pool.processors) > 1:
+        kinds = ", ".join(run.pool.processors)
+        warnings.append(f"workers run on different processors ({kinds}), so the result depends on who judged what")
+    return warnings

@@ -270,9 +270,14 @@ def test_an_interrupt_passes_through(workspace: Path, snapshot: Callable[[Path],
         if "sensitivity" in what:
             raise KeyboardInterrupt
 
+    arguments = {"calibration": "calibration.npz", "chip": "chip.toml", "config": FAST}
     with pytest.raises(KeyboardInterrupt):
-        optimize("model.onnx", "out", calibration="calibration.npz", chip="chip.toml", config=FAST, progress=interrupt)
-    assert snapshot(workspace) == before
+        optimize("model.onnx", "out", progress=interrupt, **arguments)
+    # What was judged is kept for going on; then nothing of it is left.
+    assert set(snapshot(workspace)) == {*before, "out.journal.jsonl"}
+    resumed = optimize("model.onnx", "out", resume=True, **arguments)
+    assert resumed.output == Path("out")
+    assert not (workspace / "out.journal.jsonl").exists()
 
 
 def test_errors_name_models_in_memory_too(small_net: Net) -> None:

@@ -83,6 +83,13 @@ class FakeProblem:
     def quick_fidelity(self, bits: Bits) -> float:
         return self.loss(bits)
 
+    def judge_ahead(self, candidates: list[Bits], what: str) -> None:
+        assert all(isinstance(bits, Bits) for bits in candidates)
+        assert what
+
+    def evaluate_many(self, candidates: list[Bits], origin: str) -> list[Evaluation]:
+        return [self.evaluate(bits, origin) for bits in candidates]
+
     def evaluate(self, bits: Bits, origin: str) -> Evaluation:
         found = Evaluation(bits, self.crossbars(bits.weights) or 0, self.score(bits), origin)
         if bits not in self.scored:
@@ -332,3 +339,25 @@ def test_fixed_widths_without_a_goal_are_held_against_8_bits_only() -> None:
     assert [b.weight_bits for b in result.baselines] == [8]
     judged = search(problem(weight_bits=(3, 3)), Goal(None, 0.0))  # type: ignore[arg-type]
     assert judged.goal_met is False
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_a_batch_is_of_candidates_that_differ(batch: int) -> None:
+    fake = problem(evaluations=12, batch=batch, activation_bits=(4, 8))
+    asked: list[list[Bits]] = []
+    evaluate_many = fake.evaluate_many
+
+    def noted(candidates: list[Bits], origin: str) -> list[Evaluation]:
+        known = {e.bits for e in fake.evaluations}
+        assert len(set(candidates)) == len(candidates)
+        assert known.isdisjoint(candidates)
+        asked.append(candidates)
+        return evaluate_many(candidates, origin)
+
+    fake.evaluate_many = noted  # type: ignore[method-assign]
+    result = search(fake, Goal(max_crossbars=20, max_accuracy_drop=None))  # type: ignore[arg-type]
+    # Full batches but for the last, and as many evaluations as were asked for.
+    assert [len(candidates) for candidates in asked] == [batch] * (12 // batch) + [12 % batch] * (12 % batch > 0)
+    start = next(e for e in result.evaluations if e.origin == "integer program")
+    assert result.chosen.score.loss <= start.score.loss
+    assert all(e.crossbars <= 20 for e in result.evaluations if e.origin == "bayesian search")

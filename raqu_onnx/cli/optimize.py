@@ -200,6 +200,24 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
     group.add_argument("--threads", type=int, metavar="N", help="threads of onnxruntime (default: all)")
     group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that judge candidates, each with its share of the threads (default: 1)",
+    )
+    group.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="judge on the workers of the Dask scheduler at this address (pip install 'raqu-onnx[dask]')",
+    )
+    group.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="candidates that the Bayesian stage asks for at once; with the seed it decides the result, whoever judges "
+        "(default: as many as there are workers)",
+    )
+    group.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
@@ -238,8 +256,8 @@ _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
     "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
     "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
-    "sensitivity_samples", "batch_size", "seed", "threads", "timeout", "cache", "passes", "skip",
-    "dump_after", "placement", "cells",
+    "sensitivity_samples", "batch_size", "seed", "threads", "workers", "dask", "batch", "timeout", "cache",
+    "passes", "skip", "dump_after", "placement", "cells",
 )  # fmt: skip
 
 

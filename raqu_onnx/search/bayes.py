@@ -60,29 +60,39 @@ class TrustRegion:
     _asked: set[Bits] = field(default_factory=set)
     _restarts: int = 0
 
-    def step(self) -> Evaluation | None:
-        """Judge one new candidate; None when no new one can be found near the incumbent."""
+    def step(self, most: int = 1) -> int:
+        """Judge a batch of new candidates.
+
+        Args:
+            most: Candidates that may still be judged; a batch has no more.
+
+        Returns:
+            How many were judged, 0 when no new one can be found near the incumbent.
+        """
         if self.space.vector(self.incumbent.bits) is None:
-            return None
+            return 0
         if self._optimizer is None:
             self._rebuild()
-        candidate = self._ask()
-        if candidate is None:
-            return None
-        found = self.problem.evaluate(candidate, "bayesian search")
-        if found.score.loss < self.incumbent.score.loss:
-            self.incumbent = found
+        candidates = self._ask(min(most, self.problem.settings.batch))
+        if not candidates:
+            return 0
+        found = self.problem.evaluate_many(candidates, "bayesian search")
+        best = min(found, key=lambda e: e.score.loss)
+        if best.score.loss < self.incumbent.score.loss:
+            self.incumbent = best
             self._failures = 0
             self._radius = min(self._radius + 1, _LARGEST_RADIUS)
             self._rebuild()
-        else:
-            self._tell(found)
-            self._failures += 1
-            if self._failures >= _FAILURES_TO_SHRINK:
-                self._failures = 0
-                self._radius = max(1, self._radius - 1)
-                self._rebuild()
-        return found
+            return len(found)
+        # In the order in which they were asked for, whoever was judged first.
+        for evaluation in found:
+            self._tell(evaluation)
+        self._failures += len(found)
+        if self._failures >= _FAILURES_TO_SHRINK:
+            self._failures = 0
+            self._radius = max(1, self._radius - 1)
+            self._rebuild()
+        return len(found)
 
     def _rebuild(self) -> None:
         """A fresh surrogate around the incumbent, told everything that was judged inside its space."""
@@ -130,15 +140,32 @@ class TrustRegion:
             warnings.simplefilter("ignore")
             self._optimizer.tell(vector, loss, fit=fit)
 
-    def _ask(self) -> Bits | None:
-        """A candidate inside the budget that has not been judged."""
+    def _ask(self, count: int) -> list[Bits]:
+        """Candidates inside the budget that have not been judged, as many as can be found up to a number."""
         generator = np.random.default_rng([self.problem.settings.seed, len(self.problem.evaluations), self._restarts])
+        found = (self._new_candidate(vector, generator) for vector in self._asked_vectors(count))
+        return [bits for bits in found if bits is not None]
+
+    def _asked_vectors(self, count: int) -> list[list[int]]:
+        """Vectors that the surrogate proposes.
+
+        Of several, each is proposed as if those before it had turned out as well as the best known: the constant liar
+        (Ginsbourger, Le Riche, Carraro, "Kriging is well-suited to parallelize optimization", 2010, section 4.2) keeps
+        them apart.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if count == 1:
+                return [self._optimizer.ask()]
+            return list(self._optimizer.ask(n_points=count, strategy="cl_min"))
+
+    def _new_candidate(self, vector: list[int], generator: np.random.Generator) -> Bits | None:
+        """The candidate of a vector; where it is known, another one near the incumbent, None where none is found."""
         for attempt in range(_TRIES):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                vector = [int(v) for v in self._optimizer.ask()] if attempt == 0 else self._mutate(generator)
-            vector = [int(np.clip(v, *bounds)) for v, bounds in zip(vector, self._bounds, strict=True)]
-            bits = self.space.candidate(vector)
+            moved = self._mutate(generator) if attempt else vector
+            bits = self.space.candidate(
+                [int(np.clip(int(v), *bounds)) for v, bounds in zip(moved, self._bounds, strict=True)]
+            )
             if bits is not None and bits not in self._asked and not self._is_known(bits):
                 self._asked.add(bits)
                 return bits

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Chip
+    from raqu_onnx.search.bayes import TrustRegion
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import NodeWidth, SearchSettings
     from raqu_onnx.search.stages import Stage
@@ -73,26 +74,14 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
 
     Where widths are fixed and nothing is asked for, 8 bits are all that the result is held against.
     """
-    settings = problem.settings
-    activation = settings.widest[1]
-    nodes = len(problem.nodes)
-    lowest = settings.weight_bits[0]
-    widths = range(MAX_BITS, lowest - 1, -1) if goal or not settings.is_uniform else (MAX_BITS,)
+    activation = problem.settings.widest[1]
+    widths = _uniform_widths(problem, goal)
+    problem.judge_ahead(list(widths.values()), "judging uniform widths")
     baselines: list[UniformBaseline] = []
-    for step, width in enumerate(widths):
+    for step, (width, bits) in enumerate(widths.items()):
         if baselines and problem.clock.is_over():
             break
         problem.progress("judging uniform widths", step, len(widths))
-        bits = settings.bits(nodes, width, activation)
-        if not np.isfinite(problem.cost(list(bits.by_node.values()))):
-            # A kernel of this width is wider than every crossbar.
-            continue
-        if baselines and bits == baselines[-1].bits:
-            # Every node is kept at 8 bits.
-            continue
-        if lowest < width < MAX_BITS and _costs_as_much(problem, bits, settings.bits(nodes, width + 1, activation)):
-            # Nobody would take 3 bits where 4 take the same cells.
-            continue
         packed = problem.crossbars(bits.weights)
         if packed is not None and _is_candidate(problem, bits):
             problem.evaluate(bits, f"uniform {width} bits")
@@ -108,6 +97,26 @@ def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
         )
     problem.progress("judging uniform widths", len(widths), len(widths))
     return baselines
+
+
+def _uniform_widths(problem: Problem, goal: Goal) -> dict[int, Bits]:
+    """Uniform widths that are worth a look, by falling width, with those of all nodes."""
+    settings, nodes, activation = problem.settings, len(problem.nodes), problem.settings.widest[1]
+    lowest = settings.weight_bits[0]
+    found: dict[int, Bits] = {}
+    for width in range(MAX_BITS, lowest - 1, -1) if goal or not settings.is_uniform else (MAX_BITS,):
+        bits = settings.bits(nodes, width, activation)
+        if not np.isfinite(problem.cost(list(bits.by_node.values()))):
+            # A kernel of this width is wider than every crossbar.
+            continue
+        if bits in found.values():
+            # Every node is kept at 8 bits.
+            continue
+        if lowest < width < MAX_BITS and _costs_as_much(problem, bits, settings.bits(nodes, width + 1, activation)):
+            # Nobody would take 3 bits where 4 take the same cells.
+            continue
+        found[width] = bits
+    return found
 
 
 def _costs_as_much(problem: Problem, bits: Bits, wider: Bits) -> bool:
@@ -215,12 +224,20 @@ def _best_within(problem: Problem, stage: Stage, crossbars: int) -> Evaluation:
             f"no candidate fits {crossbars} crossbars of chip {problem.chip.name}; allow more, or use a larger chip"
         )
     region = stage.region(crossbars, min(known, key=lambda e: e.score.loss))
-    for done in range(problem.settings.evaluations):
-        problem.progress("Bayesian search", done, problem.settings.evaluations)
-        if problem.clock.is_over() or region.step() is None:
-            break
+    _spend(problem, region, problem.settings.evaluations, "Bayesian search")
     problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
     return region.incumbent
+
+
+def _spend(problem: Problem, region: TrustRegion, evaluations: int, what: str) -> None:
+    """Judge so many candidates of a region, or as many as there are, or is time for."""
+    done = 0
+    while done < evaluations and not problem.clock.is_over():
+        problem.progress(what, done, evaluations)
+        judged = region.step(evaluations - done)
+        if not judged:
+            break
+        done += judged
 
 
 def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluation:
@@ -265,9 +282,8 @@ def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) 
         region = stage.region(budget, min([*known, start], key=lambda e: e.score.loss))
         while left > 0 and not _meets(problem, goal, region.incumbent.score, 0):
             problem.progress("Bayesian search", problem.settings.evaluations - left, problem.settings.evaluations)
-            left -= 1
-            if problem.clock.is_over() or region.step() is None:
-                left = 0
+            judged = 0 if problem.clock.is_over() else region.step(left)
+            left = left - judged if judged else 0
         if not _meets(problem, goal, region.incumbent.score, 0):
             break
         if region.incumbent.crossbars >= best.crossbars:
@@ -287,10 +303,7 @@ def _refine(problem: Problem, stage: Stage, best: Evaluation, evaluations: int) 
     found = [best, stage.start(best.crossbars)]
     start = min((e for e in found if e is not None), key=lambda e: e.score.loss)
     region = stage.region(best.crossbars, start)
-    for done in range(evaluations):
-        problem.progress("Bayesian search, same crossbars", done, evaluations)
-        if problem.clock.is_over() or region.step() is None:
-            break
+    _spend(problem, region, evaluations, "Bayesian search, same crossbars")
     return region.incumbent
 
 

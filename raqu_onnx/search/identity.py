@@ -23,7 +23,7 @@ from raqu_onnx.evaluation import default_threads
 from raqu_onnx.session_model import session_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import onnx_ir as ir
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search.result import SearchSettings
 
-__all__ = ["Identity", "differences", "identity_digest", "judging_identity", "processor"]
+__all__ = ["Identity", "differences", "environment", "identity_digest", "judging_identity", "processor"]
 
 Identity = dict[str, str]
 """Values, or digests of them, by what a user calls them."""
@@ -42,8 +42,21 @@ _LIBRARIES = ("numpy", "onnxruntime", "scipy", "onnx", "onnx-ir", "scikit-optimi
 _SIMD = ("avx", "amx", "fma", "sse4", "asimd", "sve", "i8mm", "bf16")
 
 
+def environment() -> Identity:
+    """Releases of this package and of libraries, and the processor."""
+    return {
+        "raqu-onnx": f"{_version('raqu-onnx')} ({_code()})",
+        **{name: _version(name) for name in _LIBRARIES},
+        "processor": processor(),
+    }
+
+
 def judging_identity(
-    model: ir.Model, quantizer: ModelQuantizer, selection: Dataset, settings: SearchSettings
+    model: ir.Model,
+    quantizer: ModelQuantizer,
+    selection: Dataset,
+    settings: SearchSettings,
+    processors: Sequence[str] = (),
 ) -> Identity:
     """What scores and sensitivities of a model's candidates depend on.
 
@@ -52,12 +65,12 @@ def judging_identity(
         quantizer: Its quantizer.
         selection: Data that candidates are judged on.
         settings: How they are judged.
+        processors: Kinds of processors that judge, where it is not this one.
     """
     method, calibration = quantizer.settings, CALIBRATION.get(model)
     return {
-        "raqu-onnx": f"{_version('raqu-onnx')} ({_code()})",
-        **{name: _version(name) for name in _LIBRARIES},
-        "processor": processor(),
+        **environment(),
+        **({"processor": ", ".join(processors)} if processors else {}),
         "threads": str(settings.threads or default_threads()),
         "model": _model_digest(model),
         "calibration data": "none" if calibration is None else calibration.digest,
@@ -75,22 +88,25 @@ def judging_identity(
     }
 
 
-def differences(ours: Identity, theirs: Identity) -> str:
+def differences(ours: Identity, theirs: Identity, *, was: str = "was {}", now: str = "is {}") -> str:
     """What differs, in words; empty where nothing does.
 
     Args:
         ours: Of this run.
         theirs: Of what was written down.
+        was: How the latter is told.
+        now: How the former is told.
     """
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return "; ".join(_difference(name, ours.get(name, "none"), theirs.get(name, "none")) for name in names)
+    words = f"{{}} {was} and {now}"
+    return "; ".join(_difference(words, name, ours.get(name, "none"), theirs.get(name, "none")) for name in names)
 
 
-def _difference(name: str, ours: str, theirs: str) -> str:
+def _difference(words: str, name: str, ours: str, theirs: str) -> str:
     # Digests say nothing to a reader.
     if all(re.fullmatch("[0-9a-f]{64}|none", value) for value in (ours, theirs)):
         return f"{name} is another"
-    return f"{name} was {theirs} and is {ours}"
+    return words.format(name, theirs, ours)
 
 
 def identity_digest(identity: Identity) -> str:

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
-from raqu_onnx.errors import CheckError, OutputError, RaquError
+from raqu_onnx.errors import CheckError, OutputError, RaquError, WorkerError
 from raqu_onnx.evaluation import Score
 from raqu_onnx.file_lock import lock_file
 from raqu_onnx.search.identity import differences
@@ -217,7 +217,7 @@ class Journal:
             return
         # Without an end, and not refused: a full disk is no fault of what was asked for.
         stopped = error is not None and (
-            not isinstance(error, RaquError) or isinstance(error, OutputError | CheckError)
+            not isinstance(error, RaquError) or isinstance(error, OutputError | CheckError | WorkerError)
         )
         kept = (stopped and bool(self._answers)) or (error is not None and not self._fresh)
         if not kept:

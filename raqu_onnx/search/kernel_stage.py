@@ -111,17 +111,15 @@ class KernelStage:
         Later budgets try what was best before, and a little more dropping: tighter ones want it.
         """
         found: dict[_Start, Evaluation] = {}
-        if self._best is None or self._best == _LAYERS:
-            layers = self._layers.start(crossbars)
-            found |= {} if layers is None else {_LAYERS: layers}
+        layers = [_LAYERS] if self._best is None or self._best == _LAYERS else []
         if self._best is None:
-            self._try(found, crossbars, [_Start(_TILT_STARTS[0], dropping) for dropping in self._droppings])
+            self._try(found, crossbars, layers + [_Start(_TILT_STARTS[0], dropping) for dropping in self._droppings])
             if found and (best := _best_of(found)) != _LAYERS:
                 self._try(found, crossbars, [best._replace(tilt=tilt) for tilt in _TILT_STARTS[1:]])
         else:
             tilt, first = self._best if self._best != _LAYERS else _Start(_TILT_STARTS[0], self._droppings[0])
             later = self._droppings[self._droppings.index(first) :]
-            self._try(found, crossbars, [_Start(tilt, dropping) for dropping in later[:2]])
+            self._try(found, crossbars, layers + [_Start(tilt, dropping) for dropping in later[:2]])
         if not found:
             return None
         self._best = _best_of(found)
@@ -129,11 +127,19 @@ class KernelStage:
 
     def _try(self, found: dict[_Start, Evaluation], crossbars: int, starts: list[_Start]) -> None:
         """Judge allocations, unless the time is over and there is something to go on with."""
+        candidates: dict[_Start, Bits] = {}
         for start in starts:
+            if start == _LAYERS:
+                bits = self._layers.widths_within(crossbars)
+            else:
+                bits = self.allocate([0] * len(self._problem.nodes) + list(start), crossbars)
+            candidates |= {} if bits is None else {start: bits}
+        self._problem.judge_ahead(list(candidates.values()), "judging allocations")
+        for start, bits in candidates.items():
             if found and self._problem.clock.is_over():
                 return
-            bits = self.allocate([0] * len(self._problem.nodes) + list(start), crossbars)
-            found |= {} if bits is None else {start: self._problem.evaluate(bits, "kernel allocation")}
+            origin = "integer program" if start == _LAYERS else "kernel allocation"
+            found[start] = self._problem.evaluate(bits, origin)
 
     def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
         """A search of the factors around a candidate, or of widths of nodes where that is what is best so far."""

@@ -18,7 +18,7 @@ from raqu_onnx.search.cell_prices import cell_shares
 from raqu_onnx.search.judge import Judge
 from raqu_onnx.search.records import Records
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
-from raqu_onnx.search.run import Clock, InProcess, SearchRun
+from raqu_onnx.search.run import Clock, SearchRun
 from raqu_onnx.shortage import shortage
 from raqu_onnx.tiling import Matrix
 
@@ -86,7 +86,9 @@ class Problem:
         self._judge = Judge(model, quantizer, selection, settings)
         self.reference = self._judge.reference
         self._cache = run.begin(model, quantizer, selection, settings)
-        self._records = Records(InProcess(self._judge), run.journal, self._cache)
+        self._workers = 1 if run.pool is None else run.pool.workers
+        judges = run.judges(self._judge, model, quantizer, selection, settings)
+        self._records = Records(judges, run.journal, self._cache)
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._matrices: dict[tuple[int, int], Matrix] = {}
         self.cell_cost = self._linear_costs()
@@ -214,6 +216,19 @@ class Problem:
         """Scores on the whole selection set."""
         found = self._records.answers("score", candidates)
         return [score for bits in candidates if isinstance(score := found[bits], Score)]
+
+    def judge_ahead(self, candidates: Sequence[Bits], what: str) -> None:
+        """Judge candidates at the same time that will be evaluated one by one; nothing without workers.
+
+        Args:
+            candidates: Those that will be evaluated unless time is up.
+            what: What progress says is being done.
+        """
+        if self._workers > 1:
+            total = len(candidates)
+            self._records.answers(
+                "score", candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
+            )
 
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""

@@ -85,6 +85,7 @@ class SearchSettings:
         sensitivity_samples: Samples on which the effect of each node alone is measured.
         batch_size: Samples per run.
         seed: Seed of everything random.
+        batch: Candidates that the Bayesian stage asks for at once.
         threads: Threads for onnxruntime, None for all.
         task: What the model's outputs are, which decides how candidates are judged.
         kept: Positions of the nodes that keep the widest weights and 8-bit activations whatever the others get.
@@ -101,6 +102,7 @@ class SearchSettings:
     sensitivity_samples: int = 256
     batch_size: int = 64
     seed: int = 0
+    batch: int = 1
     threads: int | None = None
     task: Task = "auto"
     kept: frozenset[int] = frozenset()

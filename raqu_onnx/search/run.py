@@ -6,11 +6,12 @@ None of it changes a number; only a timeout changes which candidates are judged.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from raqu_onnx.search.disk_cache import DiskCache
 from raqu_onnx.search.identity import judging_identity
+from raqu_onnx.search.judge_source import JudgeSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search.journal import Answer, Journal, Kind
     from raqu_onnx.search.judge import Judge
+    from raqu_onnx.search.pools import Pool
+    from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits, SearchSettings
 
 __all__ = ["Clock", "InProcess", "SearchRun"]
@@ -53,12 +56,14 @@ class SearchRun:
     Attributes:
         journal: Gets every answer as it comes; None for a search that cannot be gone on with.
         timeout: Seconds after which no more candidates are sought.
+        pool: Workers that judge; None for this process.
         use_cache: Look for sensitivities and error curves of earlier searches on disk, and leave them there.
     """
 
     journal: Journal | None = None
     timeout: float | None = None
     use_cache: bool = False
+    pool: Pool | None = None
 
     def begin(
         self, model: ir.Model, quantizer: ModelQuantizer, selection: Dataset, settings: SearchSettings
@@ -70,10 +75,20 @@ class SearchRun:
         """
         if self.journal is None and not self.use_cache:
             return None
-        identity = judging_identity(model, quantizer, selection, settings)
+        processors = () if self.pool is None else self.pool.processors
+        identity = judging_identity(model, quantizer, selection, settings, processors)
         if self.journal is not None:
             self.journal.begin(identity)
         return DiskCache(identity) if self.use_cache else None
+
+    def judges(
+        self, judge: Judge, model: ir.Model, quantizer: ModelQuantizer, selection: Dataset, settings: SearchSettings
+    ) -> Judges:
+        """Whoever judges: the workers, or the judge of this process."""
+        if self.pool is None:
+            return InProcess(judge)
+        settings = replace(settings, threads=self.pool.threads)
+        return self.pool.judges(lambda folder: JudgeSource.of(model, quantizer, selection, settings, folder))
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,15 @@ class LayerStage:
 
     def start(self, crossbars: int) -> Evaluation | None:
         """The integer program's answer for a budget, filled up, judged."""
+        bits = self.widths_within(crossbars)
+        return None if bits is None else self._problem.evaluate(bits, "integer program")
+
+    def widths_within(self, crossbars: int) -> Bits | None:
+        """The integer program's answer for a budget, filled up; None where nothing fits."""
         loss = self._sensitivity.weights
         weights = solve_integer_program(self._problem, loss, crossbars) or self.lowest
         fitted = fit_to_budget(self._problem, weights, loss, crossbars)
-        if fitted is None:
-            return None
-        return self._problem.evaluate(Bits(fitted, widest_activations(self._problem)), "integer program")
+        return None if fitted is None else Bits(fitted, widest_activations(self._problem))
 
     def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
         """A search of widths around a candidate."""

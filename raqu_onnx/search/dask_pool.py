@@ -1,0 +1,188 @@
+"""Judging on a Dask cluster (the extra `raqu-onnx[dask]`)."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from raqu_onnx.errors import WorkerError
+from raqu_onnx.search.identity import differences, environment
+from raqu_onnx.search.pools import MOST_DEATHS, judge_in_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from raqu_onnx.search.identity import Identity
+    from raqu_onnx.search.journal import Answer, Kind
+    from raqu_onnx.search.judge_source import JudgeSource
+    from raqu_onnx.search.records import Judges
+    from raqu_onnx.search.result import Bits
+
+__all__ = ["DaskPool", "dask_pool"]
+
+# Seconds to wait for a scheduler, and for its first worker.
+_PATIENCE = 10
+# Tasks for each worker that are handed out ahead, so that none waits for the next one.
+_AHEAD = 2
+
+
+@contextmanager
+def dask_pool(address: str, threads: int | None = None) -> Iterator[DaskPool]:
+    """The workers of a scheduler.
+
+    Args:
+        address: Of the scheduler, such as `tcp://host:8786`.
+        threads: Threads of each evaluation; default the fewest that a worker has.
+
+    Raises:
+        WorkerError: Dask is not installed, no scheduler answers there, it has no workers, or they run other releases.
+    """
+    try:
+        # Any: much of it is not annotated.
+        distributed: Any = import_module("distributed")
+    except ImportError as error:
+        raise WorkerError("--dask: Dask is not installed; pip install 'raqu-onnx[dask]'") from error
+    try:
+        client = distributed.Client(address, timeout=_PATIENCE, set_as_default=False)
+    except (TimeoutError, OSError, ValueError, TypeError) as error:
+        raise WorkerError(
+            f"--dask {address}: no scheduler answers there ({_first_line(error)}); give the address that `dask "
+            "scheduler` prints"
+        ) from error
+    with client:
+        yield DaskPool(client, address, threads)
+
+
+class DaskPool:
+    """The workers of a Dask cluster.
+
+    Args:
+        client: Connected to the scheduler.
+        address: Of the scheduler, for messages.
+        threads: Threads of each evaluation; default the fewest that a worker has.
+
+    Attributes:
+        workers: How many there are now; others may come and go.
+        threads: Threads of each evaluation.
+        processors: Kinds of processors that they run on.
+
+    Raises:
+        WorkerError: There are no workers, or they run other releases.
+    """
+
+    def __init__(self, client: Any, address: str, threads: int | None = None) -> None:
+        self._client = client
+        self._address = address
+        try:
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except TimeoutError as error:
+            raise WorkerError(
+                f"--dask {address}: the scheduler has no workers; start some with `dask worker`"
+            ) from error
+        found = client.scheduler_info(n_workers=-1)["workers"]
+        self.workers = len(found)
+        self.threads = threads or min(worker["nthreads"] for worker in found.values())
+        self.processors = self._require_same()
+
+    def _require_same(self) -> tuple[str, ...]:
+        """Make sure that workers run what runs here; returns their kinds of processors."""
+        ours = {name: value for name, value in environment().items() if name != "processor"}
+        found: dict[str, Identity | str] = self._client.run(_environment, on_error="return")
+        kinds = set()
+        for worker, theirs in sorted(found.items()):
+            wrong = theirs if isinstance(theirs, str) else None
+            if isinstance(theirs, dict):
+                kinds.add(theirs.pop("processor"))
+                wrong = differences(ours, theirs, was="is {} there", now="{} here")
+            elif wrong is None:
+                wrong = _first_line(theirs)
+            if wrong:
+                raise WorkerError(
+                    f"--dask {self._address}: worker {worker} does not run what runs here: {wrong}; install the same "
+                    "releases"
+                )
+        return tuple(sorted(kinds))
+
+    def judges(self, source: Callable[[Path | None], JudgeSource]) -> Judges:
+        """Send workers what they are made of; they build it when they first judge."""
+        return _DaskJudges(self._client, source(None), self.workers, uuid4().hex)
+
+
+@dataclass
+class _DaskJudges:
+    client: Any
+    source: JudgeSource
+    workers: int
+    name: str
+    _sent: Any = None
+
+    def answers(
+        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+    ) -> Iterator[tuple[int, Answer]]:
+        """The answers as they come.
+
+        Raises:
+            WorkerError: Workers die again and again.
+        """
+        distributed: Any = import_module("distributed")
+        gone = (distributed.KilledWorker, distributed.CancelledError, asyncio.CancelledError)
+        left, deaths = dict(enumerate(candidates)), 0
+        while left and not until():
+            try:
+                for index, answer in self._run(kind, list(left.items()), until):
+                    deaths = 0
+                    del left[index]
+                    yield index, answer
+            except gone as error:
+                # The last worker that held the source may have gone with it.
+                self._sent, deaths = None, deaths + 1
+                if deaths == MOST_DEATHS:
+                    raise WorkerError(
+                        f"workers of the Dask cluster died {deaths} times in a row while they judged, maybe for want "
+                        "of memory; give them more"
+                    ) from error
+            else:
+                return
+
+    def _run(self, kind: Kind, jobs: list[tuple[int, Bits]], until: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
+        if self._sent is None:
+            # One future for the source, which the scheduler keeps and workers fetch from each other.
+            self._sent = self.client.scatter(self.source, broadcast=True, hash=False)
+        waiting = list(reversed(jobs))
+        running = import_module("distributed").as_completed(loop=self.client.loop)
+        futures: list[Any] = []
+
+        def hand_out() -> None:
+            if waiting and not until():
+                index, bits = waiting.pop()
+                call = (_judge_there, self.name, self._sent, index, kind, bits)
+                futures.append(self.client.submit(*call, pure=False))
+                running.add(futures[-1])
+
+        try:
+            for _ in range(_AHEAD * self.workers):
+                hand_out()
+            for future in running:
+                found: tuple[int, Answer] = future.result()
+                hand_out()
+                yield found
+        finally:
+            self.client.cancel(futures)
+
+
+def _judge_there(name: str, source: JudgeSource, index: int, kind: Kind, bits: Bits) -> tuple[int, Answer]:
+    return index, judge_in_worker(name, lambda: source, kind, bits)
+
+
+def _environment() -> Identity:
+    return environment()
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
