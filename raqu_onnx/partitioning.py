@@ -126,6 +126,8 @@ def _shortage(matrices: Mapping[str, Matrix], chip: Chip, name: str) -> str:
 def _joined(
     matrices: Mapping[str, Matrix], chip: Chip, placed: Sequence[tuple[tuple[str, ...], Placement]]
 ) -> Placement:
+    from raqu_onnx.exact_placement import weakest
+
     first = (0,) * len(chip.crossbars)
     parts: list[Partition] = []
     blocks: dict[str, list[PlacedBlock]] = {}
@@ -136,4 +138,6 @@ def _joined(
             blocks.setdefault(block.node, []).append(moved)
         first = tuple(a + b for a, b in zip(first, found.slots, strict=True))
     every = tuple(block for name in matrices for block in blocks.get(name, ()))
-    return Placement(chip, chip.sharing, dict(matrices), every, first, tuple(parts))
+    outcomes = [found.exact for _, found in placed if found.exact is not None]
+    exact = weakest(outcomes) if outcomes else None
+    return Placement(chip, chip.sharing, dict(matrices), every, first, tuple(parts), exact)
