@@ -92,7 +92,9 @@ class PlaceCrossbarsPass(ir.passes.InPlacePass):
         if self.partitions is None:
             return place(matrices, self.chip, max_crossbars=self.max_crossbars, method=self.method)
         order, _ = execution_order(model, matrices)
-        return place_in_parts(matrices, self.chip, order, self.partitions, method=self.method)
+        return place_in_parts(
+            matrices, self.chip, order, self.partitions, method=self.method, max_crossbars=self.max_crossbars
+        )
 
     def _with_copies(self, model: ir.Model, single: Placement, quantized: Mapping[str, QuantizedNode]) -> Placement:
         """The placement with copies; the one without, and the reason, where there is no room for them."""

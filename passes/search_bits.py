@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from raqu_onnx.annotations import BITS, HISTOGRAM, INPUT, KEPT, MAPPED, QUANTIZER, SEARCH, NodeBits, mapped_nodes
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.partitioning import Parts, place_in_parts, without_counts
 from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from raqu_onnx.data import Dataset
     from raqu_onnx.hardware import Chip
     from raqu_onnx.quantizer import QuantizerSettings
+    from raqu_onnx.search.problem import InParts
 from raqu_onnx.search import ProgressCallback
 
 __all__ = ["SearchBitsPass"]
@@ -39,6 +42,8 @@ class SearchBitsPass(ir.passes.InPlacePass):
         activation_range: ``min-max``, ``percentile``, ``entropy`` or ``mse``.
         fit_samples: Most calibration samples that ``sequential`` fits on.
         fit_without: Parts of the weight method to leave out, see `raqu_onnx.weights`.
+        partitions: Most parts of the model that are programmed one after the other, `auto` for as few as will do; None
+            where all has to fit at once.
         progress: Told of every step.
         run: How the search is carried out: its journal, its cache, its time.
     """
@@ -53,6 +58,7 @@ class SearchBitsPass(ir.passes.InPlacePass):
     activation_range: RangeMethod = "mse"
     fit_samples: int = 512
     fit_without: frozenset[FitPart] = frozenset()
+    partitions: Parts | None = None
     progress: ProgressCallback = no_progress
     run: SearchRun = field(default_factory=SearchRun)
 
@@ -83,7 +89,15 @@ class SearchBitsPass(ir.passes.InPlacePass):
         )
         budget = self.goal.max_crossbars
         problem = Problem(
-            model, quantizer, self.chip, self.selection, settings, self.progress, max_crossbars=budget, run=self.run
+            model,
+            quantizer,
+            self.chip if self.partitions is None else without_counts(self.chip),
+            self.selection,
+            settings,
+            self.progress,
+            max_crossbars=budget,
+            in_parts=None if self.partitions is None else self._in_parts(model, self.partitions),
+            run=self.run,
         )
         result = search(problem, self.goal)
         SEARCH.set(model, result)
@@ -93,3 +107,8 @@ class SearchBitsPass(ir.passes.InPlacePass):
         for node in mapped_nodes(model):
             BITS.set(node, NodeBits(*widths[MAPPED.require(node).name]))
         return ir.passes.PassResult(model, modified=True)
+
+    def _in_parts(self, model: ir.Model, parts: Parts) -> InParts:
+        """How `place-crossbars` will place the model."""
+        order, _ = execution_order(model, (MAPPED.require(node).name for node in mapped_nodes(model)))
+        return lambda matrices: place_in_parts(matrices, self.chip, order, parts)

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from raqu_onnx.native_output import no_native_output
-from raqu_onnx.placement_problem import MixedPlacement, Problem, renumbered
+from raqu_onnx.placement_problem import ExactOutcome, MixedPlacement, Problem, renumbered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.placement_problem import Job, Spot
 
-__all__ = ["improve"]
+__all__ = ["improve", "weakest"]
 
 # More patterns than this are not listed; the program would take minutes.
 _MOST_PATTERNS = 20_000
@@ -47,13 +47,17 @@ class _Pattern:
     shelves: _Shelves
 
 
-def improve(problem: Problem, found: MixedPlacement) -> MixedPlacement:
-    """The same placement or a better one of the same blocks.
+def improve(problem: Problem, found: MixedPlacement) -> tuple[MixedPlacement, ExactOutcome]:
+    """The same placement or a better one of the same blocks, and what is proven of it.
 
     Args:
         problem: What is placed.
         found: The fast placement.
+
+    Returns:
+        The placement; the weakest of what was proven for any program.
     """
+    outcomes: list[ExactOutcome] = ["optimal-in-shelves" if problem.mode == "time" else "optimal"]
     parts: dict[tuple[int, ...], list[Spot]] = defaultdict(list)
     for spot in found.spots:
         # Nodes that do not share crossbars are programs of their own.
@@ -67,7 +71,8 @@ def improve(problem: Problem, found: MixedPlacement) -> MixedPlacement:
             None if limit is None else limit - all_ + own
             for limit, all_, own in zip(problem.limits, total, before, strict=True)
         ]
-        better = _solve(problem, spots, spare)
+        better, outcome = _solve(problem, spots, spare)
+        outcomes += [outcome] if outcome else []
         after = before if better is None else _opened(problem, better)
         if better is None or problem.cost(after) >= problem.cost(before):
             better, after = spots, before
@@ -75,7 +80,13 @@ def improve(problem: Problem, found: MixedPlacement) -> MixedPlacement:
         best += [(node, block, kind, (at[0] + offset, at[1], at[2])) for node, block, kind, at in better]
         offset += 1 + max(at[0] for _, _, _, at in better)
         total = [all_ - old + new for all_, old, new in zip(total, before, after, strict=True)]
-    return renumbered(best, len(problem.shapes))
+    return renumbered(best, len(problem.shapes)), weakest(outcomes)
+
+
+def weakest(outcomes: Iterable[ExactOutcome]) -> ExactOutcome:
+    """What is proven of a whole of which each part is proven this much."""
+    order = get_args(ExactOutcome)
+    return max(outcomes, key=order.index, default="at-bound")
 
 
 def _opened(problem: Problem, spots: Sequence[Spot]) -> list[int]:
@@ -83,8 +94,10 @@ def _opened(problem: Problem, spots: Sequence[Spot]) -> list[int]:
     return [sum(own == kind for own, _ in used) for kind in range(len(problem.shapes))]
 
 
-def _solve(problem: Problem, spots: Sequence[Spot], limits: Sequence[int | None]) -> list[Spot] | None:
-    """Another placement of the same blocks, None where there are too many patterns or none is found."""
+def _solve(
+    problem: Problem, spots: Sequence[Spot], limits: Sequence[int | None]
+) -> tuple[list[Spot] | None, ExactOutcome | None]:
+    """Another placement of the same blocks, None where none is found; and why it may not be the best one."""
     jobs: dict[_Size, list[Job]] = defaultdict(list)
     for node, block, _, _ in spots:
         jobs[block.height, block.width].append((node, block))
@@ -95,19 +108,21 @@ def _solve(problem: Problem, spots: Sequence[Spot], limits: Sequence[int | None]
         if shape.encoding.cell_bits == bits and limits[kind] != 0:
             found = _patterns(sizes, [len(jobs[size]) for size in sizes], (shape.rows, shape.cols), problem.mode)
             if found is None:
-                return None
+                return None, "too-many-patterns"
             patterns += [_Pattern(kind, shelves) for shelves in found]
-    counts = _program(problem, patterns, [len(jobs[size]) for size in sizes], limits)
-    return None if counts is None else list(_placed(patterns, counts, sizes, jobs))
+    counts, ended = _program(problem, patterns, [len(jobs[size]) for size in sizes], limits)
+    outcome: ExactOutcome | None = None if ended else "limit"
+    return None if counts is None else list(_placed(patterns, counts, sizes, jobs)), outcome
 
 
 def _program(
     problem: Problem, patterns: Sequence[_Pattern], demands: Sequence[int], limits: Sequence[int | None]
-) -> list[int] | None:
+) -> tuple[list[int] | None, bool]:
+    """How often each pattern is used, None where no solution is known; whether there is no better one."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     if not patterns:
-        return None
+        return None, True
     slots = sum(demands)
     unit = np.gcd.reduce([shape.cells for shape in problem.shapes])
     # Fewest cells first: all crossbars that could be saved together weigh less than one unit of cells.
@@ -125,7 +140,9 @@ def _program(
             constraints=constraints,
             options={"mip_rel_gap": 0.0, "node_limit": _NODE_LIMIT, "time_limit": _TIME_LIMIT},
         )
-    return None if result.x is None else np.rint(result.x).astype(int).tolist()
+    # 0: solved; 2: these patterns cannot cover all blocks within the limits, so that none of them is better.
+    counts = None if result.x is None else np.rint(result.x).astype(int).tolist()
+    return counts, result.status in (0, 2)
 
 
 def _placed(

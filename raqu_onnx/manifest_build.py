@@ -362,6 +362,7 @@ def _totals(placement: Placement, nodes: Sequence[NodeEntry], cost: CostEntry) -
         bit_utilization=Ratio(numerator=placement.weight_bits, denominator=placement.allocated_bits),
         lower_bound=placement.lower_bound,
         lower_bound_cells=placement.lower_bound_cells,
+        exact=placement.exact,
         placements=sum(len(node.placements) for node in nodes),
         dropped_kernels=sum(int(np.count_nonzero(m.bits == 0)) for m in placement.matrices.values()),
         cost=cost,

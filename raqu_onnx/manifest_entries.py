@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from raqu_onnx.encodings import Polarity, SignedEncoding
+from raqu_onnx.placement_problem import ExactOutcome
 
 __all__ = [
     "ActivationEntry",
@@ -323,6 +324,9 @@ class Totals(Entry):
     lower_bound_cells: Whole = Field(
         description="fewest cells of allocated crossbars, likewise; what is above it in cell_utilization.denominator "
         "is the gap"
+    )
+    exact: ExactOutcome | None = Field(
+        None, description="what `--placement exact` proved of the placement, null where it was not asked for"
     )
     placements: Whole = Field(description="how many there are")
     dropped_kernels: Whole = Field(description="over all groups of all nodes")

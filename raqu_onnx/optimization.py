@@ -188,7 +188,6 @@ class _Run:
             save_model(model, staging / MODEL_FILE)
         figures, levels = self._figures(model, before)
         placement = PLACEMENT.get(model)
-        single = SINGLE.get(model) or placement
         result = OptimizeResult(
             output=folder,
             figures=figures,
@@ -197,8 +196,9 @@ class _Run:
             levels=levels,
             cycles=CYCLES.get(model) or {},
             partitions=PARTITIONS.get(model) or (),
-            lower_bound=None if single is None else single.lower_bound,
-            gap=None if single is None else single.gap,
+            lower_bound=None if placement is None else placement.lower_bound,
+            gap=None if placement is None else placement.gap,
+            exact=None if placement is None else placement.exact,
             replicas={} if placement is None else placement.replicas,
             unmapped=tuple((n.name, n.op_type, n.reason) for n in unmapped_nodes(model)),
             warnings=(
@@ -206,7 +206,7 @@ class _Run:
                 *(self.data.label_warnings(figures[0]) if figures else ()),
                 *saturation_warning(saturating(_emitted(model))),
                 *search_warnings(SEARCH.get(model), self.resources.search_run),
-                *([f"no copies: {why}"] if (why := NO_COPIES.get(model)) else ()),
+                *([f"no copies were made: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),
             bits=_bits_by_node(model),

@@ -47,6 +47,7 @@ def place_in_parts(
     parts: Parts,
     *,
     method: PlacementMethod = "fast",
+    max_crossbars: int | None = None,
 ) -> Placement:
     """Place a model in as few parts of consecutive stages as fit the chip one after the other.
 
@@ -59,6 +60,7 @@ def place_in_parts(
         order: Names of the nodes in a valid order of execution.
         parts: Most parts that may be made.
         method: How each part is placed, see `place`; what fits is decided by the fast one, which `exact` starts from.
+        max_crossbars: A budget for all parts together: with one, `exact` takes no more crossbars than the fast one.
 
     Returns:
         The placement; the crossbars of a part are numbered after those of the parts before it.
@@ -72,7 +74,8 @@ def place_in_parts(
         end, found = _furthest(matrices, chip, order, start)
         names = tuple(order[start:end])
         if method != "fast":
-            found = place({name: matrices[name] for name in names}, chip, method=method)
+            budget = None if max_crossbars is None else found.crossbars
+            found = place({name: matrices[name] for name in names}, chip, method=method, max_crossbars=budget)
         placed.append((names, found))
         start = end
     if parts != "auto" and len(placed) > parts:
@@ -123,6 +126,8 @@ def _shortage(matrices: Mapping[str, Matrix], chip: Chip, name: str) -> str:
 def _joined(
     matrices: Mapping[str, Matrix], chip: Chip, placed: Sequence[tuple[tuple[str, ...], Placement]]
 ) -> Placement:
+    from raqu_onnx.exact_placement import weakest
+
     first = (0,) * len(chip.crossbars)
     parts: list[Partition] = []
     blocks: dict[str, list[PlacedBlock]] = {}
@@ -133,4 +138,6 @@ def _joined(
             blocks.setdefault(block.node, []).append(moved)
         first = tuple(a + b for a, b in zip(first, found.slots, strict=True))
     every = tuple(block for name in matrices for block in blocks.get(name, ()))
-    return Placement(chip, chip.sharing, dict(matrices), every, first, tuple(parts))
+    outcomes = [found.exact for _, found in placed if found.exact is not None]
+    exact = weakest(outcomes) if outcomes else None
+    return Placement(chip, chip.sharing, dict(matrices), every, first, tuple(parts), exact)

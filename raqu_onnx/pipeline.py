@@ -18,7 +18,7 @@ from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.memory import release_freed
-from raqu_onnx.partitioning import require_parts, without_counts
+from raqu_onnx.partitioning import require_parts
 from raqu_onnx.passes import PASSES
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.calibrate import CalibratePass
@@ -128,7 +128,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         ),
         # Bits of every node, judged on data that calibration has not seen.
         SearchBitsPass(
-            chip if config.partitions is None else without_counts(chip),
+            chip,
             resources.selection,
             config.goal,
             config.search_settings,
@@ -136,6 +136,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             activation_range=config.activation_range,
             fit_samples=config.fit_samples,
             fit_without=frozenset(config.fit_without),
+            partitions=config.partitions,
             progress=resources.progress,
             run=resources.search_run,
         ),

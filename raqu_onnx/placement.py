@@ -6,14 +6,14 @@ cells, utilization and the lower bound. Counts are of physical arrays: a pair of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from raqu_onnx.bounds import DoesNotFitError, fewest_cells, fewest_crossbars
 from raqu_onnx.errors import ChipError
 from raqu_onnx.mixed_placement import place_blocks
-from raqu_onnx.placement_problem import MixedPlacement, Problem
+from raqu_onnx.placement_problem import ExactOutcome, MixedPlacement, Problem
 from raqu_onnx.tiling import ArrayGeometry, Block, Matrix, tile
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Placement:
         blocks: Every block, in the order of nodes.
         slots: Slots opened per crossbar type, over all partitions.
         partitions: Parts that are programmed one after the other; empty where all is on the chip at once.
+        exact: What the `exact` method proved, over all partitions; None where the placement is a fast one.
     """
 
     chip: Chip
@@ -92,6 +93,7 @@ class Placement:
     blocks: tuple[PlacedBlock, ...]
     slots: tuple[int, ...]
     partitions: tuple[Partition, ...] = ()
+    exact: ExactOutcome | None = field(default=None, compare=False)
 
     @cached_property
     def parts(self) -> tuple[Partition, ...]:
@@ -243,9 +245,13 @@ def place(
     if found is None:
         _raise_shortage(matrices, chip, mode)
     placement = _placement(problem, chip, found)
-    if method == "exact" and placement.gap > 0:
-        return _placement(problem, chip, _improved(problem, found, max_crossbars))
-    return placement
+    if method == "fast":
+        return placement
+    outcome: ExactOutcome = "at-bound"
+    if placement.gap > 0:
+        better, outcome = _improved(problem, found, max_crossbars)
+        placement = _placement(problem, chip, better)
+    return replace(placement, exact="at-bound" if placement.gap <= 0 else outcome)
 
 
 def _placement(problem: Problem, chip: Chip, found: MixedPlacement) -> Placement:
@@ -259,13 +265,13 @@ def _placement(problem: Problem, chip: Chip, found: MixedPlacement) -> Placement
     return Placement(chip, problem.mode, dict(problem.matrices), in_order, found.opened)
 
 
-def _improved(problem: Problem, fast: MixedPlacement, max_crossbars: int | None) -> MixedPlacement:
+def _improved(problem: Problem, fast: MixedPlacement, max_crossbars: int | None) -> tuple[MixedPlacement, ExactOutcome]:
     from raqu_onnx.exact_placement import improve
 
-    exact = improve(problem, fast)
+    exact, outcome = improve(problem, fast)
     crossbars = problem.cost(exact.opened)[1]
     beyond = max_crossbars is not None and crossbars > max(max_crossbars, problem.cost(fast.opened)[1])
-    return fast if beyond else exact
+    return (fast, "budget") if beyond else (exact, outcome)
 
 
 def _raise_shortage(matrices: Mapping[str, Matrix], chip: Chip, mode: Sharing) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from raqu_onnx.bounds import Demand, demand, fewest_slots
 from raqu_onnx.errors import ChipError
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.packing import Packer
 
-__all__ = ["Job", "MixedPlacement", "Problem", "Spot", "by_area", "pack", "renumbered"]
+__all__ = ["ExactOutcome", "Job", "MixedPlacement", "Problem", "Spot", "by_area", "pack", "renumbered"]
 
+#: What `exact` placement proved, from the strongest to the weakest: at the lower bound; the best for these blocks; the
+#: best for these blocks in shelves; the solver ended at its limit; a better one takes more crossbars than allowed; too
+#: many patterns to try.
+ExactOutcome = Literal["at-bound", "optimal", "optimal-in-shelves", "limit", "budget", "too-many-patterns"]
 #: Index of the node and its block.
 Job = tuple[int, Block]
 #: Index of the node, its block, the crossbar type, and (crossbar, row, column).

@@ -14,6 +14,7 @@ from raqu_onnx.cost import figures_of, input_slices, node_cycles, read_cycles
 from raqu_onnx.errors import ChipError, ConfigError
 from raqu_onnx.model_cost import block_regions
 from raqu_onnx.placement import DoesNotFitError, PlacedBlock, Placement, PlacementMethod, place
+from raqu_onnx.shortage import shortage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,12 @@ __all__ = ["Budget", "Job", "balance", "replicate", "require_budget"]
 
 #: Most crossbars in all, or as many as the chip has.
 Budget = int | Literal["chip"]
+
+# What copies ask of a placement, by its sharing mode.
+_ASKED: dict[str, str] = {
+    "diagonal": "all nodes compute at once then, so that no two share rows or columns of a crossbar; so placed",
+    "exclusive": "all nodes compute at once then, so that no two share a crossbar; so placed",
+}
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,8 @@ def replicate(
     base = _at_once(matrices, chip, None if budget == "chip" else budget, method)
     if budget != "chip" and base.crossbars > budget:
         raise DoesNotFitError(
-            f"--replicate {budget}: all nodes can compute at once under {base.sharing} sharing only, in which one copy "
-            f"of each takes {base.crossbars} crossbars"
+            f"{_ASKED[base.sharing]}, one copy of each takes {base.crossbars} crossbars; "
+            f"allow more than --replicate {budget}"
         )
     own = _blocks_by_node(base)
     sizes = [shape.encoding.arrays_per_placement for shape in base.geometries]
@@ -167,9 +174,10 @@ def _at_once(
     try:
         return place(matrices, chip, sharing=mode, max_crossbars=max_crossbars, method=method)
     except DoesNotFitError as error:
-        raise DoesNotFitError(
-            f"--replicate: all nodes can compute at once under {mode} sharing only: {error}"
-        ) from error
+        need = place(matrices, chip, sharing=mode, ignore_counts=True)
+        have = sum(kind.count or 0 for kind in chip.crossbars)
+        short = shortage(chip, need.crossbars_by_type) or f"{need.crossbars} crossbars where it has {have}"
+        raise DoesNotFitError(f"{_ASKED[mode]}, one copy of each takes {short} on chip {chip.name}") from error
 
 
 def _blocks_by_node(base: Placement) -> dict[str, list[PlacedBlock]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from raqu_onnx.manifest_entries import CostEntry
+from raqu_onnx.placement_problem import ExactOutcome
 
 __all__ = [
     "VERSION",
@@ -155,11 +156,14 @@ class Report(_Part):
         description="score of the emitted model on the evaluation data by onnxruntime optimization level"
     )
     lower_bound: int | None = Field(
-        description="fewest crossbars that any placement of these bits could use, one copy of each node"
+        description="fewest crossbars that any placement of these bits could use, copies of nodes included"
     )
     gap: float | None = Field(
-        description="allocated cells over the fewest that any placement of these bits could take, less 1; one copy of "
-        "each node"
+        description="allocated cells over the fewest that any placement of these bits could take, less 1; copies of "
+        "nodes included"
+    )
+    exact: ExactOutcome | None = Field(
+        None, description="what `--placement exact` proved of the placement, null where it was not asked for"
     )
     nodes: list[str] = Field(description="names of the mapped nodes in graph order, empty without a search")
     bits: dict[str, WidthsReport] = Field(description="by mapped node")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
+    from raqu_onnx.placement_problem import ExactOutcome
     from raqu_onnx.search import Evaluation, Goal, SearchResult
     from raqu_onnx.validation import ValidationReport
 
@@ -84,8 +85,9 @@ class OptimizeResult:
         search: What was searched and found, None where the pipeline has no search.
         validation: Checks of the written files, None where the pipeline has no check.
         levels: Score of the emitted model on the evaluation data by onnxruntime optimization level.
-        lower_bound: Fewest crossbars that could hold the chosen weights, one copy of each.
-        gap: Allocated cells over their lower bound, less 1, with one copy of each node.
+        lower_bound: Fewest crossbars that could hold the chosen weights, copies included, as the manifest says.
+        gap: Allocated cells over their lower bound, less 1, likewise.
+        exact: What `--placement exact` proved of the placement, None where it was not asked for.
         unmapped: Nodes that are not on crossbars and why, as (name, type, reason).
         warnings: What a user must know.
         timings: Wall time of every pass.
@@ -117,6 +119,7 @@ class OptimizeResult:
     cycles: Mapping[str, int | None] = field(default_factory=dict)
     kept: tuple[tuple[str, str], ...] = ()
     gap: float | None = None
+    exact: ExactOutcome | None = None
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
     method: tuple[str, ...] = ()
     unwritten: onnx.ModelProto | None = None
@@ -177,6 +180,7 @@ class OptimizeResult:
             "levels": {name: vars(score) for name, score in self.levels.items()},
             "lower_bound": self.lower_bound,
             "gap": self.gap,
+            "exact": self.exact,
             "nodes": [] if search is None else list(search.nodes),
             "bits": {name: {"weight": w, "activation": a} for name, (w, a) in self.bits.items()},
             "dropped": dict(self.dropped),

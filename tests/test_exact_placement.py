@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from raqu_onnx import exact_placement
 from raqu_onnx.hardware import Chip, Sharing
+from raqu_onnx.partitioning import place_in_parts
 from raqu_onnx.placement import Placement, place
 from raqu_onnx.tiling import Matrix
 
@@ -110,3 +112,47 @@ def test_a_budget_of_crossbars_holds_for_the_exact_placement() -> None:
     within = place(nodes, chip, method="exact", max_crossbars=free.crossbars)
     assert within.crossbars <= free.crossbars
     assert within.allocated_cells <= place(nodes, chip, max_crossbars=free.crossbars).allocated_cells
+
+
+def test_what_is_proven_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(n, 1) for n in (6, 5, 5, 4, 4, 2, 2, 2)]
+    chip = chip_of((10, 10), sharing="diagonal")
+    assert place(nodes_of(*sizes), chip).exact is None
+    # Three crossbars are the lower bound; where it cannot be met, the program's end is the proof.
+    assert place(nodes_of(*sizes), chip, method="exact").exact == "at-bound"
+    apart = nodes_of((6, 6), (6, 6), (5, 5))
+    assert place(apart, chip, method="exact").exact == "optimal"
+    monkeypatch.setattr(exact_placement, "_MOST_PATTERNS", 0)
+    assert place(apart, chip, method="exact").exact == "too-many-patterns"
+
+
+def test_a_program_that_ends_at_its_limit_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = chip_of((10, 10), sharing="diagonal")
+    apart = nodes_of((6, 6), (6, 6), (5, 5))
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: SimpleNamespace(x=None, status=1))
+    found = place(apart, chip, method="exact")
+    assert found.exact == "limit"
+    assert found == place(apart, chip)
+
+
+def test_a_whole_is_proven_as_far_as_its_weakest_part() -> None:
+    assert exact_placement.weakest(["optimal", "at-bound"]) == "optimal"
+    assert exact_placement.weakest(["limit", "optimal-in-shelves", "optimal"]) == "limit"
+    nodes, chip = nodes_of((6, 6), (6, 6), (5, 5)), chip_of((10, 10), sharing="diagonal", counts=(2,))
+    parts = place_in_parts(nodes, chip, list(nodes), "auto", method="exact")
+    assert parts.exact == "at-bound"
+
+
+@pytest.mark.parametrize("more", [(), ("--partitions", "auto")])
+def test_the_method_leaves_a_trace(cli: Any, workspace: Any, more: tuple[str, ...]) -> None:
+    run = ("optimize", "model.onnx", "--calibration", "calibration.npz", "--weight-bits", "4", "-o", "out", "--force")
+    assert workspace.is_dir()
+    assert "exact placement" not in cli(*run, "--hw", "chip.toml").out
+    ran = cli(*run, "--hw", "chip.toml", "--placement", "exact", *more)
+    lines = [line for line in ran.out.splitlines() if "; exact placement: " in line]
+    assert [line.partition(":")[0] for line in lines] == ["lower bound for these bits"]
+    said = lines[0].partition("; exact placement: ")[2]
+    assert said.startswith(("proven optimal", "not proven"))
+    shown = cli("manifest", "show", "out").out
+    assert f"; exact placement: {said}\n" in shown
+    assert cli("validate", "out").code == 0

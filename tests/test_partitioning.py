@@ -64,6 +64,18 @@ def test_a_model_that_fits_is_one_part() -> None:
     assert found.lower_bound == whole.lower_bound
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 3), st.sampled_from(["diagonal", "time"]))
+def test_parts_take_what_each_takes_alone(rows: list[int], count: int, sharing: str) -> None:
+    """Crossbars are not shared across parts, so that a model in parts may take more than at once, never fewer."""
+    work = {f"n{i}": Matrix(1, size, np.full((1, 2), 4)) for i, size in enumerate(rows)}
+    small = chip(max(count, -(-max(rows) // 16)), sharing)
+    found = place_in_parts(work, small, list(work), "auto")
+    alone = [place({name: work[name] for name in part.nodes}, small).crossbars for part in found.partitions]
+    assert found.crossbars == sum(alone) >= found.lower_bound
+    exact = place_in_parts(work, small, list(work), "auto", method="exact", max_crossbars=found.crossbars)
+    assert exact.crossbars <= found.crossbars
+
+
 def test_what_cannot_be_done_is_said() -> None:
     work = matrices(2, 5, 1)
     with pytest.raises(DoesNotFitError, match=r"node n1 alone .*it takes 5 crossbars, chip test has 4; use fewer bits"):
@@ -124,6 +136,24 @@ def test_the_shortage_is_said_with_what_helps(refused: Callable[..., str], works
     refused(workspace, (*RUN, "--hw", "chip.toml", "--dry-run"), "--partitions auto")
     refused(workspace, (*RUN, "--hw", "chip.toml", "--partitions", "1", "-o", "out"), "--partitions 1", "partitions")
     refused(workspace, (*RUN, "--hw", "chip.toml", "--partitions", "auto", "--replicate", "chip"), "give one")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "kernel"])
+@pytest.mark.parametrize("budget", [4, 5, 6, 7, 8])
+def test_a_budget_holds_for_all_parts_together(cli: Cli, workspace: Path, granularity: str, budget: int) -> None:
+    """Packed at once the model may take fewer crossbars than in parts, which do not share any."""
+    write_chip(workspace, "time")
+    run = ("optimize", "model.onnx", "--calibration", "calibration.npz", "--evaluations", "1", "--format", "json")
+    limits = ("--partitions", "auto", "--max-crossbars", str(budget), "--granularity", granularity)
+    ran = cli(*run, "--hw", "chip.toml", *limits, "-o", "out")
+    if ran.code == 2:  # One width for a whole layer, and no kernel is dropped.
+        assert granularity == "layer"
+        assert "crossbars are too few" in ran.err
+        return
+    assert ran.code == 0, ran.err
+    totals = read_manifest("out/manifest.json").totals
+    assert totals.crossbars[0].allocated <= budget
+    assert json.loads(ran.out)["figures"][-1]["crossbars"] == totals.crossbars[0].allocated
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,13 +151,13 @@ def test_what_cannot_be_done_is_said() -> None:
         replicate(MATRICES, chip(), {**MVMS, "small": None}, INPUTS, "chip")
     with pytest.raises(ConfigError, match="cycles of node wide are unknown: its input stays float"):
         replicate(MATRICES, chip(), MVMS, {**INPUTS, "wide": None}, "chip")
-    with pytest.raises(DoesNotFitError, match=r"--replicate 2: .*takes 3 crossbars"):
+    with pytest.raises(DoesNotFitError, match="takes 3 crossbars; allow more than --replicate 2"):
         replicate(MATRICES, chip(), MVMS, INPUTS, 2)
     # Packed in time both share two crossbars; side by side or corner to corner they need three.
     tight = chip("time", count=2)
     wide = {"a": Matrix(1, 32, np.full((1, 6), 8)), "b": Matrix(1, 32, np.full((1, 2), 8)), "c": MATRICES["small"]}
     assert place(wide, tight).crossbars <= 2
-    with pytest.raises(DoesNotFitError, match="compute at once under diagonal sharing only: chip test has 2"):
+    with pytest.raises(DoesNotFitError, match=r"share rows or columns.*takes 3 crossbars where it has 2 on chip test"):
         replicate(wide, tight, dict.fromkeys(wide, 4), dict.fromkeys(wide, 8), "chip")
 
 
@@ -234,10 +235,41 @@ def test_no_room_for_copies_is_a_warning(cli: Cli, workspace: Path) -> None:
     ran = cli(*RUN, "--hw", "chip.toml", "--replicate", "2", "-o", "out", "--format", "json")
     assert ran.code == 0
     report = json.loads(ran.out)
-    assert any(text.startswith("no copies: --replicate 2: all nodes") for text in report["warnings"])
+    (why,) = (text for text in report["warnings"] if text.startswith("no copies"))
+    taken = re.fullmatch(
+        r"no copies were made: all nodes compute at once then, so that no two share rows or columns of a crossbar; so "
+        r"placed, one copy of each takes (\d+) crossbars; allow more than --replicate 2",
+        why,
+    )
+    assert taken is not None, why
+    assert int(taken[1]) > 2
     assert set(report["replicas"].values()) == {1}
     assert [row["label"] for row in report["figures"]].count("ours") == 1
     assert workspace.is_dir()
+
+
+def test_a_chip_without_room_for_one_copy_of_each_says_how_many_are_short(cli: Cli, workspace: Path) -> None:
+    write_chip(workspace, "offset", "count = 4")
+    ran = cli(*RUN, "--hw", "chip.toml", "--replicate", "chip", "-o", "out")
+    assert ran.code == 0, ran.err
+    said = re.search(r"so placed, one copy of each takes (\d+) crossbars where it has 4 on chip small", ran.err)
+    assert said is not None, ran.err
+    assert int(said[1]) > 4
+
+
+def test_the_bound_is_one_number_everywhere(cli: Cli, workspace: Path) -> None:
+    write_chip(workspace, "offset")
+    ran = cli(*RUN, "--hw", "chip.toml", "--replicate", "30", "-o", "out")
+    shown = cli("manifest", "show", "out").out
+    report = json.loads((workspace / "out" / "report.json").read_text())
+    totals = json.loads((workspace / "out" / "manifest.json").read_text())["totals"]
+    assert max(report["replicas"].values()) > 1
+    assert report["lower_bound"] == totals["lower_bound"]
+    gap = totals["cell_utilization"]["denominator"] / totals["lower_bound_cells"] - 1
+    assert report["gap"] == pytest.approx(gap)
+    line = f"{report['lower_bound']} crossbars; gap of allocated cells {gap:.1%}"
+    assert f"lower bound for these bits and copies: {line}" in ran.out
+    assert f"lower bound: {line}" in shown
 
 
 def test_the_table_shows_copies(cli: Cli, workspace: Path) -> None:

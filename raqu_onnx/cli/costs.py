@@ -10,12 +10,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
+    from raqu_onnx.placement_problem import ExactOutcome
 
-__all__ = ["number", "print_costs", "print_partitions"]
+__all__ = ["bound_text", "number", "print_costs", "print_partitions"]
 
 _CYCLES = {
     "array-read": "a cycle: one read of an array with one input bit-slice",
     "column-turn": "a cycle: one turn of an array's columns at its ADCs with one input bit-slice",
+}
+_OUTCOMES: dict[ExactOutcome, str] = {
+    "at-bound": "proven optimal, at the bound",
+    "optimal": "proven optimal for these blocks",
+    "optimal-in-shelves": "proven optimal for these blocks in shelves",
+    "limit": "not proven optimal, the solver's limit was reached",
+    "budget": "as the fast one, since fewer cells would take more crossbars than allowed",
+    "too-many-patterns": "not proven optimal, there are too many ways to share crossbars",
 }
 _FIGURES = {"time": "time", "energy": "energy", "area": "area"}
 
@@ -23,6 +32,13 @@ _FIGURES = {"time": "time", "energy": "energy", "area": "area"}
 def number(value: float | None, form: str) -> str:
     """A number, or a dash for none."""
     return "-" if value is None else format(value, form)
+
+
+def bound_text(bound: int, gap: float | None, exact: ExactOutcome | None = None) -> str:
+    """The lower bound of a placement, how far above it the placement lies, and what `exact` proved."""
+    text = counted(bound, "crossbar")
+    text += "" if gap is None else f"; gap of allocated cells {gap:.1%}"
+    return text if exact is None else f"{text}; exact placement: {_OUTCOMES[exact]}"
 
 
 def print_costs(rows: Sequence[tuple[str, CostEntry]]) -> None:

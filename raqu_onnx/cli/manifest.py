@@ -122,7 +122,7 @@ def _node(node: NodeEntry, manifest: Manifest) -> dict[str, Any]:
 
 
 def _print(manifest: Manifest) -> None:
-    from raqu_onnx.cli.costs import number, print_costs, print_partitions
+    from raqu_onnx.cli.costs import bound_text, number, print_costs, print_partitions
     from raqu_onnx.cli.printing import console, counted, print_table
     from raqu_onnx.cli.tables import MATRIX_LEGEND, SHARING_LEGEND
 
@@ -134,8 +134,8 @@ def _print(manifest: Manifest) -> None:
     )
     out.print(f"{manifest.model.file} on {manifest.chip.name}")
     gap = totals.cell_utilization.denominator / totals.lower_bound_cells - 1 if totals.lower_bound_cells else 0.0
-    bound = f"lower bound {totals.lower_bound}, gap of allocated cells {gap:.1%}"
-    out.print(f"crossbars: {used} ({bound}), {counted(totals.placements, 'placement')}")
+    out.print(f"crossbars: {used}, {counted(totals.placements, 'placement')}")
+    out.print(f"lower bound: {bound_text(totals.lower_bound, gap, totals.exact)}")
     out.print(f"cell utilization {_share(totals.cell_utilization)}, bit {_share(totals.bit_utilization)}")
     if totals.dropped_kernels:
         out.print(f"dropped: {counted(totals.dropped_kernels, 'kernel')} (0 bits)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raqu_onnx.cli.costs import number, print_costs, print_partitions
+from raqu_onnx.cli.costs import bound_text, number, print_costs, print_partitions
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.results import describe_goal
 from raqu_onnx.shortage import shortage
@@ -180,8 +180,8 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
         kernels = counted(sum(result.dropped.values()), "kernel")
         yield f"dropped: {kernels} in {counted(len(result.dropped), 'node')}, for which the nodes that follow make up"
     if result.lower_bound is not None:
-        gap = "" if result.gap is None else f"; gap of allocated cells {result.gap:.1%}"
-        yield f"lower bound for these bits: {counted(result.lower_bound, 'crossbar')}{gap}"
+        copies = " and copies" if any(count > 1 for count in result.replicas.values()) else ""
+        yield f"lower bound for these bits{copies}: {bound_text(result.lower_bound, result.gap, result.exact)}"
     data = result.data.get("evaluation")
     for level, score in result.levels.items():
         where = "" if data is None else f" on {data.name}"
@@ -246,6 +246,6 @@ def _bound(result: Inspection) -> str:
     from raqu_onnx.placement import DoesNotFitError
 
     try:
-        return f"{counted(result.packed.lower_bound, 'crossbar')}; gap of allocated cells {result.packed.gap:.1%}"
+        return bound_text(result.packed.lower_bound, result.packed.gap)
     except DoesNotFitError as error:
         return str(error)

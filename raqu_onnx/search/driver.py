@@ -138,6 +138,9 @@ def _require_room(problem: Problem, goal: Goal) -> None:
         # Dropped kernels take no room: the allocation finds out.
         return
     smallest = _lowest(problem)
+    if problem.in_parts:
+        # Its own message says how many parts are needed, or which node alone is too large.
+        problem.place(smallest)
     need = problem.crossbars(smallest)
     check_room(
         problem.chip,
@@ -254,7 +257,9 @@ def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluat
         # No uniform width meets the target: mixed widths on the whole chip may, and lose least in any case.
         counts = [kind.count for kind in problem.chip.crossbars]
         whole = sum(count or 0 for count in counts)
-        best = _best_within(problem, stage, high if None in counts and high else max(high, whole))
+        if None in counts:
+            high = high or problem.packed_crossbars(_lowest(problem))
+        best = _best_within(problem, stage, high if None in counts else max(high, whole))
         if not _meets(problem, goal, best.score, 0):
             return best
     high = best.crossbars

@@ -33,10 +33,14 @@ if TYPE_CHECKING:
     from raqu_onnx.error_curves import ErrorCurve
     from raqu_onnx.hardware import Chip, Sharing
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.placement import Placement
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search.result import SearchSettings
 
 __all__ = ["Problem", "ProgressCallback", "no_progress"]
+
+InParts = Callable[["Mapping[str, Matrix]"], "Placement"]
+"""Places weights in parts of the model that are programmed one after the other; raises `DoesNotFitError`."""
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done and how many there are."""
@@ -58,6 +62,8 @@ class Problem:
         progress: Told of every evaluation.
         max_crossbars: The budget; on a chip with several crossbar types, placements stay within it where they can.
         run: How the search is carried out.
+        in_parts: How the model is placed where the chip is programmed for one part of it after the other; `chip` then
+            has any number of crossbars.
     """
 
     def __init__(
@@ -71,12 +77,14 @@ class Problem:
         *,
         max_crossbars: int | None = None,
         run: SearchRun = SearchRun(),  # noqa: B008 - frozen
+        in_parts: InParts | None = None,
     ) -> None:
         self.model = model
         self.quantizer = quantizer
         self.chip = chip
         self.settings = settings
         self.max_crossbars = max_crossbars
+        self.in_parts = in_parts
         self.progress = progress
         self.nodes: list[MappedNode] = [source.node for source in quantizer.sources.values()]
         self.names = tuple(node.name for node in self.nodes)
@@ -120,10 +128,20 @@ class Problem:
 
     def _count(self, weights: tuple[NodeWidth, ...], mode: Sharing) -> int | None:
         try:
-            found = place(self.matrices(weights), self.chip, sharing=mode, max_crossbars=self.max_crossbars)
-            return found.crossbars
+            return self.place(weights, mode).crossbars
         except DoesNotFitError:
             return None
+
+    def place(self, weights: tuple[NodeWidth, ...], sharing: Sharing | None = None) -> Placement:
+        """Place the model at these weight widths as it will be in the end.
+
+        Raises:
+            DoesNotFitError: The chip is too small.
+        """
+        matrices, mode = self.matrices(weights), sharing or self.chip.sharing
+        if self.in_parts is not None and mode == self.chip.sharing:
+            return self.in_parts(matrices)
+        return place(matrices, self.chip, sharing=mode, max_crossbars=self.max_crossbars)
 
     def encodings(self, weights: tuple[NodeWidth, ...]) -> dict[str, Encoding]:
         """How each node is stored on the crossbar types that it lies on; on the chip's first one if nothing is stored.
@@ -131,7 +149,7 @@ class Problem:
         Raises:
             DoesNotFitError: The chip is too small for these widths.
         """
-        found = place(self.matrices(weights), self.chip, max_crossbars=self.max_crossbars)
+        found = self.place(weights)
         return {name: found.geometries[found.types_by_node.get(name, (0,))[0]].encoding for name in self.names}
 
     def packed_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
