@@ -151,7 +151,7 @@ def _placements(manifest: Manifest) -> Iterator[tuple[NodeEntry, PlacementEntry]
 
 def _corners(
     manifest: Manifest,
-) -> tuple[tuple[Band, ...], dict[tuple[int, int], tuple[float, float]], NDArray[np.float32]]:
+) -> tuple[tuple[Band, ...], dict[tuple[int, int], tuple[int, int]], NDArray[np.float32]]:
     """Bands, upper left corners by crossbar type and number, and the rectangles of all crossbars."""
     kinds = manifest.chip.crossbars
     used = [

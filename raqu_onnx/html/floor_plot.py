@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper
+from bokeh.models import BoxZoomTool, ColumnDataSource, HoverTool, LinearColorMapper
 
 from raqu_onnx.html.palette import UNUSED, layer_colours
 from raqu_onnx.html.plot_style import bits_colours, new_plot
@@ -27,7 +27,7 @@ _MOST_LINES = 3_000
 def floor_plot(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[str]) -> Any:
     """The crossbars to scale; two renderers, `by-layer` and `by-bits`, of which the page shows one."""
     width, height = plan.size
-    plot = new_plot("box_zoom,pan,wheel_zoom,reset", aspect_ratio=width / height, match_aspect=True, lod_threshold=None)
+    plot = new_plot("pan,wheel_zoom,reset", aspect_ratio=width / height, match_aspect=True, lod_threshold=None)
     plot.y_range.flipped = True
     plot.axis.visible = False
     plot.grid.visible = False
@@ -59,7 +59,8 @@ def floor_plot(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[st
     if plan.copies.size and int(plan.copies.max()):
         tips.append(("copy", "@copy"))
     plot.add_tools(HoverTool(renderers=[by_layer, by_bits], tooltips=tips))
-    plot.toolbar.active_scroll = None
+    # The page switches it on where there is a mouse; a finger that meets the plan must still scroll the page.
+    plot.add_tools(BoxZoomTool(match_aspect=True, name="enlarge"))
     plot.toolbar.autohide = False
     return plot
 

@@ -22,7 +22,7 @@ from bokeh.models import (
 )
 from bokeh.models.annotations import ColorBar, Span
 
-from raqu_onnx.html.palette import ACCENT, BITS, MUTED, OTHERS
+from raqu_onnx.html.palette import ACCENT, BITS, MUTED, OTHERS, TEXT
 from raqu_onnx.html.plot_style import bits_colours, new_plot
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _layer_figure(layers: Sequence[Layer], x_label: str, **settings: Any) -> Any
 
 def shares_plot(layers: Sequence[Layer]) -> Any:
     """How many of each layer's kernels have how many bits, as shares."""
-    plot = _layer_figure(layers, "share of the layer's kernels", x_range=Range1d(start=0, end=1), tools="")
+    plot = _layer_figure(layers, "share of kernels", x_range=Range1d(start=0, end=1), tools="")
     columns: dict[str, list[Any]] = {key: [] for key in ("y", "left", "right", "colour", "bits", "count", "name")}
     for index, layer in enumerate(layers):
         start = 0.0
@@ -75,7 +75,7 @@ def shares_plot(layers: Sequence[Layer]) -> Any:
 
 def kernels_plot(layers: Sequence[Layer]) -> Any:
     """The bits of every kernel in the order of the output channels, each layer drawn over the whole width."""
-    plot = _layer_figure(layers, "output channel, as a share of the layer's channels", x_range=Range1d(start=0, end=1))
+    plot = _layer_figure(layers, "output channels, first to last", x_range=Range1d(start=0, end=1))
     parts: list[tuple[int, float, float, int, int, int]] = []
     for index, layer in enumerate(layers):
         start = 0
@@ -149,7 +149,14 @@ def sensitivity_plot(layers: Sequence[Layer]) -> Any | None:
     plot.add_tools(HoverTool(renderers=[boxes], tooltips=tips))
     plot.xaxis.ticker = FixedTicker(ticks=widths)
     plot.xgrid.visible = False
-    bar = ColorBar(color_mapper=mapper, ticker=LogTicker(), width=10, padding=4, background_fill_color=None)
+    bar = ColorBar(
+        color_mapper=mapper,
+        ticker=LogTicker(),
+        width=10,
+        padding=4,
+        background_fill_color=None,
+        major_label_text_color=TEXT,
+    )
     plot.add_layout(bar, "right")
     return plot
 

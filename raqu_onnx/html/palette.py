@@ -5,7 +5,7 @@ from __future__ import annotations
 from colorsys import hls_to_rgb
 from typing import Final
 
-__all__ = ["ACCENT", "BITS", "MUTED", "OTHERS", "UNUSED", "layer_colours"]
+__all__ = ["ACCENT", "BITS", "MUTED", "OTHERS", "TEXT", "UNUSED", "layer_colours"]
 
 #: By bits, 0 to 8: grey for none, then matplotlib's viridis, which stays ordered in grey and for colour-blind eyes.
 BITS: Final = (
@@ -17,6 +17,8 @@ UNUSED: Final = "#8a93a033"
 ACCENT: Final = "#d55e00"
 OTHERS: Final = ("#0072b2", "#009e73", "#cc79a7", "#e69f00")
 MUTED: Final = "#8a93a0"
+#: Text of legends, which do not take the page's colours.
+TEXT: Final = "#7b8592"
 
 
 def layer_colours(count: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from bokeh.models import LinearColorMapper
 from bokeh.plotting import figure
 
-from raqu_onnx.html.palette import BITS
+from raqu_onnx.html.palette import BITS, TEXT
 
 __all__ = ["bits_colours", "new_plot", "style_legend"]
 
@@ -23,8 +23,9 @@ def new_plot(tools: str = "xpan,xwheel_zoom,reset", **settings: Any) -> Any:
         outline_line_color=None,
         **settings,
     )
-    # A wheel that zooms takes the page's scrolling away until the tool is switched on.
+    # Wheel and finger scroll the page until a tool is switched on.
     plot.toolbar.active_scroll = None
+    plot.toolbar.active_drag = None
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     return plot
@@ -42,5 +43,6 @@ def style_legend(plot: Any, place: str) -> None:
         legend.background_fill_color = None
         legend.border_line_color = None
         legend.label_text_font_size = "11px"
+        legend.label_text_color = TEXT
         legend.glyph_height = legend.glyph_width = 14
         legend.padding = legend.spacing = 2

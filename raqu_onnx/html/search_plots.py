@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bokeh.models import BasicTicker, ColumnDataSource, HoverTool
+from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, Range1d
 
 from raqu_onnx.html.palette import ACCENT, MUTED, OTHERS
 from raqu_onnx.html.plot_style import new_plot, style_legend
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["front_plot", "progress_plot"]
 
 _HEIGHT = 320
+# Points below float that nobody would give away.
+_MOST_POINTS = 5.0
 
 
 def _point_tips(metric: str) -> list[tuple[str, str]]:
@@ -59,6 +61,8 @@ def front_plot(
     scale = "log" if y == "loss" and positive else "linear"
     plot = new_plot("pan,box_zoom,wheel_zoom,reset", height=_HEIGHT, y_axis_type=scale, x_axis_label="crossbars")
     plot.yaxis.axis_label = label
+    if y == "points":
+        plot.y_range = _points_range(everything)
     layers = []
     if uniform:
         layers.append(
@@ -87,6 +91,14 @@ def front_plot(
     plot.add_tools(HoverTool(renderers=layers, tooltips=_point_tips(metric)))
     style_legend(plot, "top_right")
     return plot
+
+
+def _points_range(points: Sequence[Point]) -> Range1d:
+    """Around the points that somebody might choose: the narrowest widths may lose ten times as much."""
+    known = [point.points for point in points if point.points is not None] or [0.0]
+    low, high = min(*known, 0.0), min(max(known), max(_MOST_POINTS, 2 * min(known)))
+    margin = 0.08 * max(high - low, 0.1)
+    return Range1d(start=low - margin, end=high + margin)
 
 
 def progress_plot(evaluations: Sequence[Point], *, y: str, label: str, metric: str) -> Any:

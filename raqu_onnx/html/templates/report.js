@@ -2,12 +2,8 @@
 (async () => {
   const items = JSON.parse(document.getElementById("plots").textContent);
   const views = {};
-  const draw = async (name) => {
-    if (!(name in views)) {
-      views[name] = Bokeh.embed.embed_item(items[name], `plot-${name}`);
-    }
-    return views[name];
-  };
+  const draw = (name) => (views[name] ??= Bokeh.embed.embed_item(items[name], `plot-${name}`));
+  const model = (name) => Bokeh.documents.map((doc) => doc.get_model_by_name(name)).find((found) => found != null);
   // One after the other from the top, so that the page can be read and scrolled meanwhile.
   const drawAll = async () => {
     for (const name of Object.keys(items)) {
@@ -16,9 +12,6 @@
       await new Promise((resume) => setTimeout(resume));
     }
   };
-  const renderers = () => Bokeh.documents
-    .map((doc) => ["by-layer", "by-bits"].map((name) => doc.get_model_by_name(name)))
-    .find(([first]) => first != null) ?? [];
   const buttons = document.querySelectorAll("[data-show]");
   for (const button of buttons) {
     button.addEventListener("click", async () => {
@@ -29,8 +22,8 @@
       for (const legend of document.querySelectorAll("[data-for]")) {
         legend.hidden = legend.dataset.for !== button.dataset.show;
       }
-      for (const renderer of renderers()) {
-        renderer.visible = renderer.name === button.dataset.show;
+      for (const name of ["by-layer", "by-bits"]) {
+        model(name).visible = name === button.dataset.show;
       }
     });
   }
@@ -43,4 +36,7 @@
     }
   });
   await drawAll();
+  if (matchMedia("(pointer: fine)").matches && "floor" in items) {
+    model("enlarge").active = true;
+  }
 })();
