@@ -145,6 +145,18 @@ def test_the_command_gives_the_same_configuration(model: str, given_settings: di
     assert (again.pictures or PictureOptions()) == (config.pictures or PictureOptions())
 
 
+def test_every_setting_has_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    optimize = parser.add_subparsers()
+    add_parser(optimize)
+    options = {name for action in optimize.choices["optimize"]._actions for name in action.option_strings}
+    for key, value in OptimizeConfig().model_dump(mode="json", by_alias=True, exclude={"model", "pictures"}).items():
+        changed = not value if isinstance(value, bool) else "x"
+        command = command_of({"model": "m.onnx", key: changed})
+        assert command is not None
+        assert command.split()[3] in options, key
+
+
 def test_what_only_a_file_can_say_has_no_command() -> None:
     configuration = OptimizeConfig(model="m.onnx", pictures=PictureOptions(resize=256))
     assert command_of(configuration.model_dump(mode="json", by_alias=True)) is None

@@ -13,7 +13,7 @@ __all__ = ["changed_settings", "command_of"]
 # How pictures become inputs, as only a configuration file can say it.
 _ONLY_IN_FILES = {"scale", "resize"}
 # Flags that say the opposite of their setting.
-_NEGATED = {"drop": "--no-drop"}
+_NEGATED = {"cache": "--no-cache", "drop": "--no-drop"}
 # Options that are given once for each of their values; other lists are joined by commas.
 _REPEATED = ("exclude", "skip", "dump_after")
 
