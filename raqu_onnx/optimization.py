@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +31,15 @@ from raqu_onnx.errors import CheckError, naming_model
 from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
+from raqu_onnx.lossless import lossless_in_file
 from raqu_onnx.manifest_stages import execution_order
 from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model, model_digest, save_model
 from raqu_onnx.output import check_output, staged_folder
 from raqu_onnx.passes.tidy import TidyPass
-from raqu_onnx.passes.write_manifest import MODEL_FILE
+from raqu_onnx.passes.write_manifest import MANIFEST_FILE, MODEL_FILE
 from raqu_onnx.pipeline import Resources, build_pipeline, run_pipeline
+from raqu_onnx.report_files import write_reports
 from raqu_onnx.results import Figures, OptimizeResult, in_memory
 from raqu_onnx.run_data import RunData, open_run_data
 from raqu_onnx.search import SearchRun, no_progress
@@ -61,9 +62,8 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
-__all__ = ["REPORT_FILE", "optimize"]
+__all__ = ["optimize"]
 
-REPORT_FILE = "report.json"
 _DUMPS = "dumps"
 
 
@@ -213,18 +213,15 @@ class _Run:
             dropped=_dropped_by_node(model),
             data=self.data.summary(),
             method=self.settings.method,
+            lossless_adc_bits=lossless_in_file(staging / MANIFEST_FILE, map(QUANTIZED.get, model.graph)),
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
             unwritten=in_memory(staging / MODEL_FILE) if folder is None else None,
         )
-        self._write_report(result)
+        if folder is not None:
+            write_reports(result.report, staging)
+        if (journal := self.resources.search_run.journal) is not None:
+            journal.finish(staging)
         return result
-
-    def _write_report(self, result: OptimizeResult) -> None:
-        text = json.dumps(result.report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-        (self.resources.folder / REPORT_FILE).write_text(text, encoding="utf-8")
-        journal = self.resources.search_run.journal
-        if journal is not None:
-            journal.finish(self.resources.folder)
 
     # --- figures ----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ RESULT_FILES = (
     "manifest.json",
     "cells.npz",
     "report.json",
+    "report.html",
     "journal.jsonl",
     QONNX_FILE,
     f"{QONNX_FILE}.data",

@@ -16,6 +16,7 @@ from raqu_onnx.placement_problem import ExactOutcome
 __all__ = [
     "VERSION",
     "DataReport",
+    "EvaluationReport",
     "FiguresReport",
     "FrontReport",
     "GoalReport",
@@ -23,6 +24,8 @@ __all__ = [
     "PartitionReport",
     "Report",
     "ScoreReport",
+    "SensitivityReport",
+    "UniformReport",
     "UnmappedReport",
     "WidthsReport",
     "report_schema",
@@ -109,6 +112,37 @@ class FrontReport(_Part):
     origin: str = Field(description="what proposed it")
 
 
+class EvaluationReport(_Part):
+    """A candidate that was judged on the whole selection data."""
+
+    crossbars: int
+    loss: float | None = Field(description="what the search minimizes, as in `front`")
+    score: ScoreReport = Field(description="on the selection data")
+    origin: str = Field(description="what proposed it")
+    chosen: bool = Field(description="it is the result")
+
+
+class UniformReport(_Part):
+    """One width for the whole model, but for nodes that are kept at 8 bits."""
+
+    weight_bits: int = Field(description="the width")
+    activation_bits: int | None = Field(description="null for float")
+    unpacked: int = Field(description="crossbars with one node in each, whatever the chip has")
+    packed: int = Field(description="crossbars packed as the chip allows, whatever it has")
+    loss: float | None = Field(description="as in `front`")
+    score: ScoreReport = Field(description="on the selection data")
+
+
+class SensitivityReport(_Part):
+    """What a mapped node alone adds to the loss on some selection samples, all others at their widest."""
+
+    weights: dict[int, float] = Field(
+        description="by weight bits; never falls as bits get fewer, and a width that saves nothing on the chip, which "
+        "is not measured, has the loss of the next wider one"
+    )
+    activations: dict[int, float] | None = Field(description="by activation bits, likewise; null where they are fixed")
+
+
 class UnmappedReport(_Part):
     """A node of a type that crossbars compute and that stays as it is: in float, or as another tool quantized it."""
 
@@ -176,6 +210,13 @@ class Report(_Part):
         description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
     )
     front: list[FrontReport] = Field(description="by rising crossbars")
+    evaluations: list[EvaluationReport] = Field([], description="every candidate, in the order in which it was judged")
+    uniform: list[UniformReport] = Field([], description="one width for the whole model, by falling width")
+    sensitivity: dict[str, SensitivityReport] = Field({}, description="by mapped node, empty without a search")
+    lossless_adc_bits: dict[str, int] = Field(
+        {},
+        description="by mapped node, fewest bits of an ADC that clips with no input at all, from the cells as stored",
+    )
     kept: list[KeptReport]
     unmapped: list[UnmappedReport]
     checks_passed: bool | None = Field(description="whether every check of the written files passed, null without any")

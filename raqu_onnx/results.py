@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.errors import ModelError
 from raqu_onnx.json_values import finite
 from raqu_onnx.report import VERSION, Report
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
     import onnx
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from raqu_onnx.evaluation import Score
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.placement_problem import ExactOutcome
     from raqu_onnx.search import Evaluation, Goal, SearchResult
+    from raqu_onnx.search.sensitivity import Sensitivity
     from raqu_onnx.validation import ValidationReport
 
 __all__ = ["DataSummary", "Figures", "OptimizeResult", "describe_goal", "in_memory"]
@@ -101,6 +104,7 @@ class OptimizeResult:
             `calibration`, `selection`, `evaluation`.
         method: Settings of the method that were not the default, as options of the command line.
         unwritten: The emitted model where no folder was given and it fits into a message; see `model` and `proto`.
+        lossless_adc_bits: Fewest bits of an ADC that clips with no input, by node.
     """
 
     output: Path | None
@@ -150,6 +154,8 @@ class OptimizeResult:
             raise ModelError("the emitted model was neither written nor kept: give `optimize` a folder")
         return load_model(source, check_weights=False)
 
+    lossless_adc_bits: Mapping[str, int] = field(default_factory=dict)
+
     @property
     def goal_met(self) -> bool | None:
         """Whether the goal is met on the selection data; None without a goal or a search."""
@@ -188,6 +194,8 @@ class OptimizeResult:
             "partitions": [item.model_dump() for item in self.partitions],
             "cycles": dict(self.cycles),
             "front": [] if search is None else [_front_json(item) for item in search.front],
+            **({} if search is None else _search_json(search)),
+            "lossless_adc_bits": dict(self.lossless_adc_bits),
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],
             "unmapped": [{"name": n, "op_type": o, "reason": r} for n, o, r in self.unmapped],
             "checks_passed": None if self.validation is None else self.validation.passed,
@@ -252,3 +260,46 @@ def _front_json(item: Evaluation) -> dict[str, Any]:
         "activations": None if item.bits.activations is None else list(item.bits.activations),
         "origin": item.origin,
     }
+
+
+def _search_json(search: SearchResult) -> dict[str, Any]:
+    """What the search tried, and what it knew of each node."""
+    return {
+        "evaluations": [
+            {
+                "crossbars": item.crossbars,
+                "loss": item.score.loss,
+                "score": vars(item.score),
+                "origin": item.origin,
+                "chosen": item.bits == search.chosen.bits,
+            }
+            for item in search.evaluations
+        ],
+        "uniform": [
+            {
+                "weight_bits": item.weight_bits,
+                "activation_bits": item.activation_bits,
+                "unpacked": item.exclusive_crossbars,
+                "packed": item.packed_crossbars,
+                "loss": item.score.loss,
+                "score": vars(item.score),
+            }
+            for item in search.baselines
+        ],
+        "sensitivity": {} if search.sensitivity is None else _sensitivity_json(search, search.sensitivity),
+    }
+
+
+def _sensitivity_json(search: SearchResult, table: Sensitivity) -> dict[str, Any]:
+    searched = table.activations is not None and bool(table.activations.any())
+    return {
+        name: {
+            "weights": _by_width(table.weights[index]),
+            "activations": _by_width(table.activations[index]) if searched and table.activations is not None else None,
+        }
+        for index, name in enumerate(search.nodes)
+    }
+
+
+def _by_width(losses: NDArray[np.float64]) -> dict[int, float]:
+    return {width: float(losses[width]) for width in range(MIN_BITS, MAX_BITS + 1)}

@@ -22,7 +22,7 @@ Snapshot = Callable[[Path], dict[str, Any]]
 DATA = ("--calibration", "calibration.npz", "--selection", "selection.npz", "--eval", "eval.npz", "--hw", "chip.toml")
 #: A whole run in a fraction of a second.
 RUN = ("optimize", "model.onnx", *DATA, "--evaluations", "2")
-FILES = ["manifest.json", "model.onnx", "report.json"]
+FILES = ["manifest.json", "model.onnx", "report.html", "report.json"]
 
 
 def digests(folder: Path) -> dict[str, str]:

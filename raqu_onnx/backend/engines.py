@@ -102,10 +102,6 @@ class SlicedNode:
         """Conversions so far, over all replicas."""
         return sum((copy.conversions for copy in self._copies), Conversions())
 
-    def lossless_bits(self) -> int:
-        """Fewest bits of an ADC that clips with no input."""
-        return max(copy.lossless_bits() for copy in self._copies)
-
     def seen_bits(self) -> int:
         """Fewest bits with which nothing that was run so far would have been clipped."""
         return max(copy.seen_bits() for copy in self._copies)

@@ -15,6 +15,7 @@ from raqu_onnx.converters import Adc
 from raqu_onnx.errors import ConfigError
 from raqu_onnx.evaluation import default_threads, make_session, run_feeds
 from raqu_onnx.graph_edit import constant_array
+from raqu_onnx.lossless import lossless_adc_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,13 +124,7 @@ class Plan:
     def lossless_bits(self) -> dict[str, int]:
         """By node, the fewest bits of an ADC that clips with no input, from the cells as programmed."""
         if self._lossless is None:
-            view, adc = self.mapped.view, Adc(None, self.mapped.manifest.chip.adc_signed)
-            self._lossless = {
-                entry.name: SlicedNode(
-                    view, entry, self.mapped.codes[entry.name], self.mapped.cells, adc=adc
-                ).lossless_bits()
-                for entry in self.mapped.manifest.nodes
-            }
+            self._lossless = lossless_adc_bits(self.mapped.view, self.mapped.cells)
         return self._lossless
 
 

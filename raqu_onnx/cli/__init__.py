@@ -30,6 +30,7 @@ _COMMANDS = {
     "inspect": "show the tiling of a model on a chip, without search",
     "validate": "check a result folder as a stranger would",
     "simulate": "run a result folder on virtual crossbars, with real converters and cells",
+    "report": "draw report.html of a result folder",
     "demo": "run the main job on a bundled model and real data",
     "hw": "list, show and check chip descriptions",
     "passes": "list the passes of the pipeline with their options",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from raqu_onnx.cli.costs import bound_text, number, print_costs, print_partitions
 from raqu_onnx.cli.printing import console, counted, print_table
+from raqu_onnx.report_files import HTML_FILE
 from raqu_onnx.results import describe_goal
 from raqu_onnx.shortage import shortage
 
@@ -57,6 +58,8 @@ def print_result(result: OptimizeResult) -> None:
         out.print(f"all {len(tried)} checks of the written files passed")
     if result.output is not None:
         out.print(f"written to {result.output}", soft_wrap=True)
+        if (page := result.output / HTML_FILE).exists():
+            out.print(f"to look at: {page}", soft_wrap=True)
 
 
 def _print_nodes(result: OptimizeResult) -> None:

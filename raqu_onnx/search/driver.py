@@ -45,6 +45,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
     """
     _require_room(problem, goal)
     baselines = _uniform_baselines(problem, goal)
+    sensitivity = None
     if problem.settings.is_uniform:
         chosen = problem.evaluate(problem.settings.bits(len(problem.nodes), *problem.settings.widest), "uniform")
     else:
@@ -66,6 +67,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         evaluations=tuple(problem.evaluations),
         nodes=problem.names,
         timed_out=problem.clock.stopped,
+        sensitivity=sensitivity,
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raqu_onnx.evaluation import Score, Task
+    from raqu_onnx.search.sensitivity import Sensitivity
 
 __all__ = [
     "Bits",
@@ -212,6 +213,7 @@ class SearchResult:
         evaluations: All of them in the order in which they were made.
         nodes: Names of the mapped nodes, in the order of `Bits`.
         timed_out: Something was left undone for want of time.
+        sensitivity: What each node alone loses, None where nothing was searched.
     """
 
     goal: Goal
@@ -224,6 +226,7 @@ class SearchResult:
     evaluations: tuple[Evaluation, ...]
     nodes: tuple[str, ...]
     timed_out: bool = False
+    sensitivity: Sensitivity | None = None
 
 
 def points_below(reference: Score, score: Score) -> float:

@@ -1,0 +1,221 @@
+"""The outcome in the words and figures that stand at the top of the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raqu_onnx.html.content import quality_text
+from raqu_onnx.results import describe_goal
+from raqu_onnx.search.result import Goal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from raqu_onnx.html.content import Layer
+    from raqu_onnx.manifest import CostEntry, Manifest
+    from raqu_onnx.report import FiguresReport, Report
+
+__all__ = ["Card", "Row", "adc_sentence", "cards", "data_sentence", "fewest_bits_sentence", "goal_sentence", "rows"]
+
+_METRIC_WORDS = {
+    "top-1": "accuracy",
+    "agreement": "agreement with the float model",
+    "1 - noise/signal": "signal to noise",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure that stands out.
+
+    Attributes:
+        title: What it is.
+        value: The figure.
+        note: What it compares with.
+    """
+
+    title: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of results; empty where something does not apply.
+
+    Attributes:
+        label: Float, a baseline or ours.
+        ours: It is the result.
+        weight_bits: Mean bits.
+        activation_bits: Mean bits.
+        crossbars: How many.
+        share: Crossbars as a share of the largest number in the table, from 0 to 1.
+        cells: Cell utilization.
+        bits: Bit utilization.
+        evaluation: Quality on unseen data.
+        selection: Quality on the data that widths were chosen on.
+        latency: Of one inference.
+        interval: Between inferences.
+        energy: Of one inference.
+        area: Of the crossbars.
+    """
+
+    label: str
+    ours: bool
+    weight_bits: str
+    activation_bits: str
+    crossbars: str
+    share: float
+    cells: str
+    bits: str
+    evaluation: str
+    selection: str
+    latency: str
+    interval: str
+    energy: str
+    area: str
+
+
+def rows(report: Report) -> list[Row]:
+    """The table of results, float first and ours last."""
+    most = max((item.crossbars or 0 for item in report.figures), default=0) or 1
+    return [_row(item, most, report.metric, last=item is report.figures[-1]) for item in report.figures]
+
+
+def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> Row:
+    cost = item.cost
+    return Row(
+        label=item.label,
+        ours=last and item.label != "float",
+        weight_bits=_number(item.weight_bits, ".3g"),
+        activation_bits=_number(item.activation_bits, ".3g"),
+        crossbars="" if item.crossbars is None else f"{item.crossbars:,}",
+        share=(item.crossbars or 0) / most,
+        cells=_number(item.cell_utilization, ".1%"),
+        bits=_number(item.bit_utilization, ".1%"),
+        evaluation="" if item.evaluation is None else quality_text(item.evaluation, metric or _metric(item)),
+        selection="" if item.selection is None else quality_text(item.selection, metric or _metric(item)),
+        latency="" if cost is None else _time(cost, cost.latency_cycles),
+        interval="" if cost is None else _time(cost, cost.interval_cycles),
+        energy="" if cost is None or cost.energy_pj is None else f"{cost.energy_pj / 1e6:,.4g} µJ",
+        area="" if cost is None or cost.area_um2 is None else f"{cost.area_um2 / 1e6:,.4g} mm²",
+    )
+
+
+def _metric(item: FiguresReport) -> str:
+    score = item.evaluation or item.selection
+    if score is not None and score.top1 is not None:
+        return "top-1"
+    return "agreement" if score is not None and score.agreement is not None else "1 - noise/signal"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _time(cost: CostEntry, cycles: int | None) -> str:
+    """Cycles, and the time that they take where the chip tells the length of one."""
+    if cycles is None:
+        return ""
+    if cost.cycle_ns is None:
+        return f"{cycles:,} cycles"
+    nanoseconds = cycles * cost.cycle_ns
+    return f"{nanoseconds / 1e6:,.4g} ms" if nanoseconds >= 1e6 else f"{nanoseconds / 1e3:,.4g} µs"
+
+
+def cards(report: Report, manifest: Manifest) -> Iterator[Card]:
+    """The figures that stand out: crossbars, quality, utilization, bits, latency and energy where they are known."""
+    table = rows(report)
+    ours = table[-1] if table and table[-1].ours else None
+    if ours is None:
+        total = sum(kind.allocated for kind in manifest.totals.crossbars)
+        yield Card("crossbars", f"{total:,}", f"at least {manifest.totals.lower_bound:,} by any placement")
+        return
+    yield Card("crossbars", ours.crossbars, _against(table[1:-1]))
+    score = report.figures[-1].evaluation or report.figures[-1].selection
+    if score is not None:
+        floating = table[0].evaluation or table[0].selection
+        name = _METRIC_WORDS[report.metric or _metric(report.figures[-1])]
+        yield Card(name, ours.evaluation or ours.selection, f"float {floating}" if floating else "")
+    yield Card("cells in use", ours.cells, f"{ours.bits} of their bits")
+    yield Card("bits per weight", ours.weight_bits, f"{ours.activation_bits or 'float'} per activation")
+    if ours.latency:
+        yield Card("latency", ours.latency, f"next inference after {ours.interval}" if ours.interval else "")
+    if ours.energy:
+        yield Card("energy", ours.energy, "of one inference, in arrays and converters")
+
+
+def _against(baselines: Sequence[Row]) -> str:
+    packed = [row for row in baselines if row.label.endswith(", packed")]
+    return " · ".join(f"{row.crossbars} {row.label.removesuffix(', packed')}, packed" for row in reversed(packed))
+
+
+def goal_sentence(report: Report) -> str:
+    """What was asked for, and what was reached on which data."""
+    if report.goal is None:
+        return "Widths were given, and nothing was asked for."
+    goal = Goal(report.goal.max_crossbars, report.goal.max_accuracy_drop)
+    return f"Asked for: {describe_goal(goal, metric=report.metric or '')}."
+
+
+def data_sentence(report: Report) -> str:
+    """What the figures were measured on."""
+    parts = []
+    words = {
+        "calibration": "ranges were measured on",
+        "selection": "widths were chosen on",
+        "evaluation": "the result was judged on",
+    }
+    for role, does in words.items():
+        item = report.data.get(role)  # type: ignore[call-overload]
+        if item is not None:
+            count = "" if item.samples is None else f" ({item.samples:,} samples)"
+            parts.append(f"{does} {'generated inputs' if item.synthetic else item.name}{count}")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
+    """Which layer got the fewest bits, and what made it cheap."""
+    if len(layers) < 2 or len({layer.mean_bits for layer in layers}) == 1:
+        return ""
+    least = min(layers, key=lambda layer: layer.mean_bits)
+    share = least.weights / sum(layer.weights for layer in layers)
+    text = f"Fewest bits: {least.name}, {least.mean_bits:.3g} per weight. It holds {share:.1%} of all weights"
+    width = least.least_bits
+    ranked = sorted(layer.sensitivity[width] for layer in layers if width is not None and width in layer.sensitivity)
+    if width is None or not ranked:
+        return f"{text}."
+    loss = least.sensitivity[width]
+    place = 1 + sum(other < loss for other in ranked)
+    return (
+        f"{text}, and giving {width} bits to it alone adds {loss:.2g} to the loss: "
+        f"{_ordinal(place)} smallest of {len(ranked)} layers (the median is {ranked[len(ranked) // 2]:.2g})."
+    )
+
+
+def _ordinal(number: int) -> str:
+    if number == 1:
+        return "the"
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"the {number}{ending}"
+
+
+def adc_sentence(layers: Sequence[Layer], chip_bits: int | None) -> str:
+    """Whether the chip's converters may clip."""
+    known = [layer.lossless_bits for layer in layers if layer.lossless_bits is not None]
+    if not known:
+        return "It is not known which resolution would be lossless: inputs are float, or the report is an old one."
+    if chip_bits is None:
+        return (
+            f"The chip file gives its ADCs no resolution, so that they count as ideal and nothing clips. Converters of "
+            f"{max(known)} bits would be lossless on any input."
+        )
+    short = sum(bits > chip_bits for bits in known)
+    if not short:
+        return f"The chip's ADCs of {chip_bits} bits clip with no input at all."
+    return (
+        f"The chip's ADCs have {chip_bits} bits; {short} of {len(known)} layers could need more, up to {max(known)}. "
+        f"Whether real inputs get there, `raqu-onnx simulate` counts; the accuracy above takes converters to be ideal."
+    )

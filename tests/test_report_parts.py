@@ -1,0 +1,189 @@
+"""What the page is made of: the floor plan, the command that makes a result again, names beside plots."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raqu_onnx.cli.optimize import _overrides, add_parser
+from raqu_onnx.config import OptimizeConfig, load_config
+from raqu_onnx.data import PictureOptions
+from raqu_onnx.html.command import changed_settings, command_of
+from raqu_onnx.html.floor_plan import floor_plan, ranges_text
+from raqu_onnx.html.names import short_names
+from raqu_onnx.html.palette import layer_colours
+from raqu_onnx.manifest import Manifest, read_manifest
+from raqu_onnx.manifest_view import to_ranges
+
+# ---------------------------------------------------------------------------------------------------- the floor plan
+
+
+def cells_drawn(manifest: Manifest) -> dict[str, int]:
+    plan = floor_plan(manifest)
+    areas = (plan.blocks[:, 2] - plan.blocks[:, 0]) * (plan.blocks[:, 3] - plan.blocks[:, 1])
+    return {node.name: int(areas[plan.nodes == index].sum()) for index, node in enumerate(manifest.nodes)}
+
+
+@pytest.mark.parametrize("kind", ["isaac", "pairs"])
+@pytest.mark.parametrize("most", [60_000, 0])
+def test_every_programmed_cell_is_drawn_once_in_its_crossbar(
+    sound: dict[str, Path], kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raqu_onnx.html.floor_plan._MOST_RECTANGLES", most)
+    folder = next(path for path in sound.values() if path.name == kind)
+    manifest = read_manifest(folder / "manifest.json")
+    plan = floor_plan(manifest)
+    assert plan.split == (most > 0)
+    assert len(plan.crossbars) == sum(total.allocated for total in manifest.totals.crossbars)
+    assert sum(cells_drawn(manifest).values()) == manifest.totals.cell_utilization.numerator
+    canvas: dict[tuple[int, int], np.ndarray] = {}
+    for index in range(len(plan.blocks)):
+        key = (int(plan.types[index]), int(plan.arrays[index]))
+        chip = manifest.chip.crossbars[key[0]]
+        (top, bottom), (left, right) = plan.rows[index], plan.cols[index]
+        assert 0 <= top < bottom <= chip.rows
+        assert 0 <= left < right <= chip.cols
+        area = canvas.setdefault(key, np.zeros((chip.rows, chip.cols), int))[top:bottom, left:right]
+        area += 1
+        # To scale, and inside one of the crossbars that are drawn.
+        x0, y0, x1, y1 = plan.blocks[index]
+        assert (x1 - x0, y1 - y0) == (right - left, bottom - top)
+        assert any(b[0] <= x0 and b[1] <= y0 and x1 <= b[2] and y1 <= b[3] for b in plan.crossbars)
+    assert max(int(area.max()) for area in canvas.values()) == 1
+
+
+def test_blocks_name_the_kernels_and_their_width(sound: dict[str, Path]) -> None:
+    manifest = read_manifest(sound["isaac" if "isaac" in sound else next(iter(sound))] / "manifest.json")
+    plan = floor_plan(manifest)
+    for index, node in enumerate(manifest.nodes):
+        widths = np.repeat([bits for bits, _ in node.bits], [count for _, count in node.bits])
+        seen: set[int] = set()
+        for place in np.flatnonzero(plan.nodes == index):
+            for part in plan.kernels[place].split(", "):
+                first, _, last = part.partition("–")
+                channels = range(int(first), int(last or first) + 1)
+                # A ConvTranspose has one width for the same kernel of all its groups.
+                assert {int(widths[channel % len(widths)]) for channel in channels} == {int(plan.bits[place])}
+                seen.update(channels)
+        dropped = {c for c in range(node.matrix.groups * node.matrix.kernels) if widths[c % len(widths)] == 0}
+        assert seen == set(range(node.matrix.groups * node.matrix.kernels)) - dropped
+
+
+def test_crossbars_do_not_overlap(sound: dict[str, Path]) -> None:
+    for folder in sound.values():
+        boxes = floor_plan(read_manifest(folder / "manifest.json")).crossbars
+        for index, (x0, y0, x1, y1) in enumerate(boxes):
+            apart = [b[2] <= x0 or b[0] >= x1 or b[3] <= y0 or b[1] >= y1 for b in np.delete(boxes, index, axis=0)]
+            assert all(apart)
+
+
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_ranges_name_all_or_count_them(numbers: set[int]) -> None:
+    ordered = np.array(sorted(numbers))
+    text = ranges_text(ordered)
+    if len(to_ranges(ordered)) > 4:
+        assert text.endswith(f"({len(numbers)} in all)")
+        return
+    bounds = [[int(end) for end in part.split("–")] for part in text.split(", ")]
+    assert {n for bound in bounds for n in range(bound[0], bound[-1] + 1)} == numbers
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
+NAMES = TEXT.filter(lambda text: not text.startswith("-"))
+PATTERNS = st.lists(st.from_regex(r"[A-Za-z/._]{1,10}", fullmatch=True), min_size=1, max_size=3, unique=True)
+SETTINGS: dict[str, st.SearchStrategy[Any]] = {
+    "hw": NAMES,
+    "calibration": NAMES,
+    "selection": NAMES,
+    "eval": NAMES,
+    "max_crossbars": st.integers(1, 10**6),
+    "max_accuracy_drop": st.sampled_from([0.0, 0.25, 1.0, 12.5]),
+    "weight_bits": st.sampled_from(["2-8", "4", "3-6"]),
+    "activation_bits": st.sampled_from(["float", "4-8", 8]),
+    "replicate": st.sampled_from(["chip", 7]),
+    "partitions": st.sampled_from(["auto", 3]),
+    "granularity": st.sampled_from(["layer", "group:8"]),
+    "drop": st.booleans(),
+    "equalize": st.booleans(),
+    "cells": st.booleans(),
+    "reduce_range": st.booleans(),
+    "exclude": PATTERNS,
+    "keep": PATTERNS,
+    "skip": st.just(["equalize", "check"]),
+    "fit_without": st.just(["bias", "polish"]),
+    "dump_after": st.just(["tidy", "calibrate"]),
+    "passes": st.just("tidy,quantize-weights{weight_bits=4}"),
+    "seed": st.integers(0, 99),
+    "batch_size": st.integers(1, 99),
+    "pictures": st.fixed_dictionaries({}, optional={"size": st.just([32, 48]), "mean": st.just([0.5, 0.25, 0.125])}),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(NAMES, st.fixed_dictionaries({}, optional=SETTINGS))
+def test_the_command_gives_the_same_configuration(model: str, given_settings: dict[str, Any]) -> None:
+    config = OptimizeConfig.model_validate({"model": model, **given_settings})
+    written = config.model_dump(mode="json", by_alias=True, exclude={"output", "threads"})
+    command = command_of(written)
+    assert command is not None
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(shlex.split(command)[1:])
+    again = load_config(None, _overrides(args))
+    # Pictures with nothing set are read as pictures without a word on them.
+    assert again.model_copy(update={"pictures": config.pictures}) == config
+    assert (again.pictures or PictureOptions()) == (config.pictures or PictureOptions())
+
+
+def test_every_setting_has_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    optimize = parser.add_subparsers()
+    add_parser(optimize)
+    options = {name for action in optimize.choices["optimize"]._actions for name in action.option_strings}
+    for key, value in OptimizeConfig().model_dump(mode="json", by_alias=True, exclude={"model", "pictures"}).items():
+        changed = not value if isinstance(value, bool) else "x"
+        command = command_of({"model": "m.onnx", key: changed})
+        assert command is not None
+        assert command.split()[3] in options, key
+
+
+def test_what_only_a_file_can_say_has_no_command() -> None:
+    configuration = OptimizeConfig(model="m.onnx", pictures=PictureOptions(resize=256))
+    assert command_of(configuration.model_dump(mode="json", by_alias=True)) is None
+
+
+def test_a_model_in_memory_has_no_command() -> None:
+    configuration = OptimizeConfig(seed=3).model_dump(mode="json", by_alias=True)
+    assert command_of(configuration) is None
+    assert changed_settings(configuration) == {"seed": 3}
+
+
+# --------------------------------------------------------------------------------------------------- names, colours
+
+
+def test_names_are_cut_where_all_are_the_same_and_where_they_are_long() -> None:
+    names = ["/net/stem/conv/Conv", "/net/head/fc/Gemm", "/net/head/" + 30 * "x" + "/MatMul", "/net/head/gate/Sigmoid"]
+    assert short_names(names, ["Conv", "Gemm", "MatMul", "Conv"]) == [
+        "stem/conv", "head/fc", "head/" + 6 * "x" + "…" + 11 * "x", "head/gate/Sigmoid",
+    ]  # fmt: skip
+    assert short_names(["", "a"], ["Conv", "Conv"]) == ["Conv", "a"]
+    assert short_names(["/only/Conv"], ["Conv"]) == ["only"]
+    assert short_names([], []) == []
+
+
+def test_neighbouring_layers_differ_in_colour() -> None:
+    for count in (1, 2, 3, 50, 200):
+        colours = layer_colours(count)
+        assert len(colours) == count
+        assert all(len(colour) == 7 for colour in colours)
+        assert all(one != other for one, other in pairwise(colours))
