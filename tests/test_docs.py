@@ -24,10 +24,16 @@ PAGES = sorted(path for path in DOCS.glob("*.md") if any(block.language != "text
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # As Python does for somebody who starts it in that folder; what the page saves as modules is forgotten afterwards.
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
     reader = Reader(tmp_path)
     for block in blocks(page):
         if block.runs:
             reader.do(block)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) -> None:
@@ -41,7 +47,7 @@ def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) ->
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"documentation_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
