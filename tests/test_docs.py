@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,16 +26,54 @@ PAGES = sorted(path for path in DOCS.glob("*.md") if any(block.language != "text
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # As Python does for somebody who starts it in that folder; what the page saves as modules is forgotten afterwards.
-    monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
     reader = Reader(tmp_path)
     for block in blocks(page):
         if block.runs:
             reader.do(block)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
+
+
+README = ROOT / "README.md"
+# Run by .ci/run, each in a copy of the files of its own.
+SETUP = "python3 -m venv"
+COMMANDS = [
+    block
+    for block in blocks(README)
+    if (block.language in ("bash", "python") or block.text.startswith("raqu-onnx")) and SETUP not in block.text
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, _small_files: dict[str, bytes]) -> Path:
+    """A folder with the files that the README speaks of, and what `optimize` makes of them."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, content in _small_files.items():
+        (folder / name.replace("eval", "test")).write_bytes(content)
+    Reader(folder).do(
+        Block(
+            "bash",
+            None,
+            "raqu-onnx optimize model.onnx --weight-bits 4 --cells -o out --calibration test.npz",
+            "",
+            None,
+        )
+    )
+    return folder
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.where)
+def test_the_commands_of_the_readme_run(
+    block: Block, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(result, tmp_path / "work"))
+    if "optimize" in block.text:  # It writes the folder that others read.
+        shutil.rmtree(folder / "out")
+    monkeypatch.chdir(folder)
+    Reader(folder).do(block if block.language == "python" else dataclasses.replace(block, language="bash"))
+
+
+def test_the_readme_has_commands() -> None:
+    assert {block.language == "python" for block in COMMANDS} == {True, False}
+    assert sum(SETUP in block.text for block in blocks(README)) == 2
 
 
 def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) -> None:
@@ -47,7 +87,7 @@ def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) ->
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"documentation_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
