@@ -29,25 +29,22 @@ def options(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tupl
             yield command, action
 
 
-ALL = [
-    pytest.param(action, id=f"{command} {action.option_strings or action.dest}")
-    for command, action in options(full_parser())
-]
-VALUED = [item for item in ALL if item.values[0].option_strings and item.values[0].nargs != 0]
+ALL = {f"{command} {action.option_strings or action.dest}": action for command, action in options(full_parser())}
+VALUED = {name: action for name, action in ALL.items() if action.option_strings and action.nargs != 0}
 
 
 def words(action: argparse.Action) -> str:
     return action.help or ""
 
 
-@pytest.mark.parametrize("action", ALL)
+@pytest.mark.parametrize("action", ALL.values(), ids=ALL)
 def test_it_says_what_it_does(action: argparse.Action) -> None:
     what = re.sub(r"\(default:.*?\)", "", words(action)).strip()
     assert len(what.split()) >= 2, "one word, or the default alone, says too little"
     assert not what.endswith("."), "a phrase, as those of all others"
 
 
-@pytest.mark.parametrize("action", VALUED)
+@pytest.mark.parametrize("action", VALUED.values(), ids=VALUED)
 def test_it_says_its_default(action: argparse.Action) -> None:
     if action.required:
         return
@@ -73,7 +70,7 @@ def test_the_defaults_of_optimize_are_those_of_its_settings() -> None:
     assert checked > 10
 
 
-@pytest.mark.parametrize("action", VALUED)
+@pytest.mark.parametrize("action", VALUED.values(), ids=VALUED)
 def test_a_number_has_a_unit(action: argparse.Action) -> None:
     numeric = action.type in (int, float) or re.match(r"N\b|SECONDS", str(action.metavar))
     if numeric:
