@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,50 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     for block in blocks(page):
         if block.runs:
             reader.do(block)
+
+
+README = ROOT / "README.md"
+# Run by .ci/run, each in a copy of the files of its own.
+SETUP = "python3 -m venv"
+COMMANDS = [
+    block
+    for block in blocks(README)
+    if (block.language in ("bash", "python") or block.text.startswith("raqu-onnx")) and SETUP not in block.text
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, _small_files: dict[str, bytes]) -> Path:
+    """A folder with the files that the README speaks of, and what `optimize` makes of them."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, content in _small_files.items():
+        (folder / name.replace("eval", "test")).write_bytes(content)
+    Reader(folder).do(
+        Block(
+            "bash",
+            None,
+            "raqu-onnx optimize model.onnx --weight-bits 4 --cells -o out --calibration test.npz",
+            "",
+            None,
+        )
+    )
+    return folder
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.where)
+def test_the_commands_of_the_readme_run(
+    block: Block, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(result, tmp_path / "work"))
+    if "optimize" in block.text:  # It writes the folder that others read.
+        shutil.rmtree(folder / "out")
+    monkeypatch.chdir(folder)
+    Reader(folder).do(block if block.language == "python" else dataclasses.replace(block, language="bash"))
+
+
+def test_the_readme_has_commands() -> None:
+    assert {block.language == "python" for block in COMMANDS} == {True, False}
+    assert sum(SETUP in block.text for block in blocks(README)) == 2
 
 
 def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["encodings", "main", "sharing", "unrolling"]
+__all__ = ["encodings", "main", "placed", "sharing", "unrolling"]
 
 _ROWS, _COLS, _CELL_BITS = 32, 24, 2
 # Kernels of the convolution that the first picture shows: 3 channels, a window of 3x3.
@@ -103,14 +103,15 @@ def sharing() -> Figure:
     modes = get_args(Sharing)
     figure, all_axes = _figure(len(modes), (9.6, 4.6))
     for axes, mode in zip(all_axes, modes, strict=True):
-        placed = _placed(mode)
-        _draw_placement(axes, placed)
-        text = "crossbar" if placed.crossbars == 1 else "crossbars"
-        axes.set_title(f"{mode}: {placed.crossbars} {text}, {placed.cell_utilization:.0%} of cells used", fontsize=10)
+        found = placed(mode)
+        _draw_placement(axes, found)
+        text = "crossbar" if found.crossbars == 1 else "crossbars"
+        axes.set_title(f"{mode}: {found.crossbars} {text}, {found.cell_utilization:.0%} of cells used", fontsize=10)
     return figure
 
 
-def _placed(mode: Sharing) -> Placement:
+def placed(mode: Sharing) -> Placement:
+    """The layers of the picture under one sharing mode."""
     kind = CrossbarType(name="main", rows=_ROWS, cols=12, cell_bits=_CELL_BITS)
     chip = Chip(schema_version=1, name="picture", encoding="offset", sharing=mode, dac_bits=1, crossbars=(kind,))
     matrices = {
@@ -119,12 +120,12 @@ def _placed(mode: Sharing) -> Placement:
     return place(matrices, chip)
 
 
-def _draw_placement(axes: Axes, placed: Placement) -> None:
-    kind = placed.chip.crossbars[0]
+def _draw_placement(axes: Axes, found: Placement) -> None:
+    kind = found.chip.crossbars[0]
     pitch = kind.rows + 3
-    for index in range(placed.crossbars):
+    for index in range(found.crossbars):
         _box(axes, (index % 2) * (kind.cols + 2), index // 2 * pitch, kind.cols, kind.rows, _UNUSED)
-    for item in placed.blocks:
+    for item in found.blocks:
         left, top = item.crossbar % 2 * (kind.cols + 2), item.crossbar // 2 * pitch
         colour = _NODES[item.node][1]
         _box(axes, left + item.col, top + item.row, item.block.width, item.block.height, colour, item.node, "white")

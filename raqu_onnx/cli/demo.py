@@ -25,7 +25,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "generic chip, and print the `optimize` command that does the same, ready to be edited.",
     )
     parser.add_argument("--model", choices=_MODELS, default="resnet20", help="bundled model (default: resnet20)")
-    parser.add_argument("-o", "--output", metavar="DIR", default="raqu-onnx-demo", help="default: raqu-onnx-demo")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        default="raqu-onnx-demo",
+        help="folder for model, data and result (default: raqu-onnx-demo)",
+    )
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier demo")
     parser.add_argument("--resume", action="store_true", help="go on with a demo that was stopped")
     parser.add_argument("--no-progress", action="store_true", help="show no progress")

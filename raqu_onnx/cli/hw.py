@@ -54,7 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     check.add_argument("chips", metavar="FILE", nargs="+", help="a TOML file, or a built-in chip's name")
     check.set_defaults(run=_check)
     for action in (listing, show, check):
-        action.add_argument("--format", choices=["text", "json"], default="text", help="default: text")
+        action.add_argument(
+            "--format", choices=["text", "json"], default="text", help="form of the result (default: text)"
+        )
 
 
 def _list(args: argparse.Namespace) -> int:

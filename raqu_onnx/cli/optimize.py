@@ -55,7 +55,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("model", nargs="?", metavar="MODEL.onnx", help="the trained float model")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder for the results (default: MODEL-raqu)")
     parser.add_argument(
-        "--config", metavar="FILE.toml", help="settings; paths in it are relative to its folder; options given here win"
+        "--config",
+        metavar="FILE.toml",
+        help="settings; paths in it are relative to its folder; options given here win (default: none)",
     )
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
@@ -86,7 +88,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "fixed widths nothing is set aside, and figures are of the calibration data)",
     )
     group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
-    group.add_argument("--calibration-samples", type=int, metavar="N", help="most samples used (default: 512)")
+    group.add_argument(
+        "--calibration-samples", type=int, metavar="N", help="most samples that ranges are measured on (default: 512)"
+    )
     group.add_argument(
         "--picture-size", metavar="HxW", help="resize and crop pictures of folders to this (default: the model's)"
     )
@@ -96,8 +100,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_goal(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--hw", metavar="NAME|FILE", help="built-in chip or TOML file (default: generic)")
-    group.add_argument("--max-crossbars", type=int, metavar="N", help="lose least within N crossbars")
+    group.add_argument("--hw", metavar="NAME|FILE", help="the chip: a built-in one, or a TOML file (default: generic)")
+    group.add_argument(
+        "--max-crossbars", type=int, metavar="N", help="lose least within N crossbars (default: no limit)"
+    )
     group.add_argument(
         "--max-accuracy-drop",
         type=float,
@@ -117,7 +123,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "--partitions",
         metavar="N|auto",
         help="where the chip is too small, program it up to N times (auto: as few as will do) for one part of the "
-        "model after the other",
+        "model after the other (default: all on the chip at once)",
     )
     group.add_argument(
         "--task",
@@ -126,7 +132,9 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "regression judges all float outputs by their noise; auto: classification where there is exactly one such "
         "output (default: auto)",
     )
-    group.add_argument("--weight-bits", metavar="N|N-M", help="width, 2 to 8; a range is searched (default: 2-8)")
+    group.add_argument(
+        "--weight-bits", metavar="N|N-M", help="width of weights in bits, 2 to 8; a range is searched (default: 2-8)"
+    )
     group.add_argument(
         "--reduce-range",
         action="store_true",
@@ -136,13 +144,15 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--activation-bits",
         metavar="N|N-M|float",
-        help="width, 2 to 8; a range is searched; float for measurements only, no backend can run it (default: 8)",
+        help="width of activations in bits, 2 to 8; a range is searched; float for measurements only, no backend can "
+        "run it (default: 8)",
     )
     group.add_argument(
         "--input-bits",
         type=int,
         metavar="N",
-        help="width of the model's own inputs, such as pictures, whatever the other activations get (default: 8)",
+        help="width in bits of the model's own inputs, such as pictures, whatever the other activations get "
+        "(default: 8)",
     )
     add_exclude(group)
     group.add_argument(
@@ -150,7 +160,8 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="PATTERN,...",
         help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get, "
-        "and drop none of their kernels: `first`, `last` (no mapped node before, or after), or patterns as above",
+        "and drop none of their kernels: `first`, `last` (no mapped node before, or after), or patterns as above "
+        "(default: none)",
     )
 
 
@@ -158,7 +169,8 @@ def _add_granularity(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--granularity",
         metavar="layer|group:N|kernel",
-        help="what gets a width of its own: every layer, groups of N kernels of a layer, or every kernel (default)",
+        help="what gets a width of its own: every layer, groups of N kernels of a layer, or every kernel (default: "
+        "kernel)",
     )
     group.add_argument(
         "--no-drop",
@@ -171,15 +183,24 @@ def _add_granularity(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--weight-method", choices=["nearest", "mse", "gptq", "sequential"], help="default: sequential")
+    group.add_argument(
+        "--weight-method",
+        choices=["nearest", "mse", "gptq", "sequential"],
+        help="how weights become codes: rounded to nearest; with scales of least squared error; rounded so that later "
+        "rows make up for earlier ones; so, layer after layer, towards what the float model gives "
+        "(default: sequential)",
+    )
     group.add_argument(
         "--fit-without",
         action="append",
         metavar="PART,...",
         help="leave parts of the weight method out, to see what they give: bias (of all but `nearest`), scales, "
-        "polish, refit (of `gptq` and `sequential`), targets, residuals, shrinkage (of `sequential`)",
+        "polish, refit (of `gptq` and `sequential`), targets, residuals, shrinkage (of `sequential`) (default: "
+        "none)",
     )
-    group.add_argument("--fit-samples", type=int, metavar="N", help="samples that `sequential` fits on (default: 512)")
+    group.add_argument(
+        "--fit-samples", type=int, metavar="N", help="most samples that `sequential` fits weights on (default: 512)"
+    )
     group.add_argument(
         "--equalize",
         action="store_true",
@@ -190,15 +211,25 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--activation-range",
         choices=["min-max", "percentile", "entropy", "mse"],
-        help="how ranges of activations are chosen (default: mse)",
+        help="how ranges of activations are chosen: extremes, a percentile, least divergence, least squared error "
+        "(default: mse)",
     )
-    group.add_argument("--evaluations", type=int, metavar="N", help="candidates of the Bayesian stage (default: 24)")
     group.add_argument(
-        "--sensitivity-samples", type=int, metavar="N", help="samples per sensitivity measurement (default: 256)"
+        "--evaluations", type=int, metavar="N", help="candidates that the Bayesian stage judges (default: 24)"
     )
-    group.add_argument("--batch-size", type=int, metavar="N", help="samples per run (default: 64)")
+    group.add_argument(
+        "--sensitivity-samples",
+        type=int,
+        metavar="N",
+        help="samples that each layer's sensitivity is measured on (default: 256)",
+    )
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples that onnxruntime runs at once (default: 64)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
-    group.add_argument("--threads", type=int, metavar="N", help="threads of onnxruntime (default: all)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads of onnxruntime (default: as many as there are cores)"
+    )
     group.add_argument(
         "--workers",
         type=int,
@@ -221,7 +252,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="seek no more candidates after this time, and write the best so far",
+        help="seek no more candidates after so many seconds, and write the best so far (default: no limit)",
     )
     group.add_argument(
         "--no-cache",
@@ -233,9 +264,20 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_pipeline(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--passes", metavar="A,B{OPT=VALUE}", help="run these passes; `raqu-onnx passes` lists them")
-    group.add_argument("--skip", action="append", metavar="PASS", help="leave a pass out (may be repeated)")
-    group.add_argument("--dump-after", action="append", metavar="PASS", help="write the model after a pass to dumps/")
+    group.add_argument(
+        "--passes",
+        metavar="A,B{OPT=VALUE}",
+        help="run these passes, which `raqu-onnx passes` lists (default: a whole run)",
+    )
+    group.add_argument(
+        "--skip", action="append", metavar="PASS", help="leave a pass out; may be repeated (default: none)"
+    )
+    group.add_argument(
+        "--dump-after",
+        action="append",
+        metavar="PASS",
+        help="write the model after a pass to dumps/; may be repeated (default: none)",
+    )
     group.add_argument("--time-passes", action="store_true", help="print the time of every pass")
     group.add_argument(
         "--placement",

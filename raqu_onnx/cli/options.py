@@ -23,8 +23,8 @@ def add_exclude(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
         "--exclude",
         action="append",
         metavar="NAME|REGEX|OP",
-        help="leave nodes as they are: a node name, an operator type, or a regular expression over whole node names "
-        "(may be repeated)",
+        help="leave nodes as they are: a node name, an operator type, or a regular expression over whole node names"
+        "; may be repeated (default: none)",
     )
 
 

@@ -46,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="resolution of the converters; an ideal one neither clips nor rounds (default: chip)",
     )
     _add_errors(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of onnxruntime and of the crossbars (default: all)"
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     add_common(parser)
     parser.set_defaults(run=_run)

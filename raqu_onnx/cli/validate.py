@@ -31,10 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--data",
         metavar="DATA",
         help="evaluation data: .npz, .npy, file.py:function, or a folder of pictures, which are resized so that the "
-        "shorter side fits the model's input, and cropped at the centre",
+        "shorter side fits the model's input, and cropped at the centre (default: random inputs)",
     )
     parser.add_argument(
-        "--reference", metavar="MODEL", help="the float model that was optimized, to report fidelity to it"
+        "--reference",
+        metavar="MODEL",
+        help="the float model that was optimized, to report fidelity to it (default: none)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: all)")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
