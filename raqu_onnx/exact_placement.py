@@ -112,7 +112,7 @@ def _solve(
             patterns += [_Pattern(kind, shelves) for shelves in found]
     counts, ended = _program(problem, patterns, [len(jobs[size]) for size in sizes], limits)
     outcome: ExactOutcome | None = None if ended else "limit"
-    return None if counts is None else list(_placed(patterns, counts, sizes, jobs)), outcome
+    return None if counts is None else list(_placed(patterns, counts, sizes, jobs, problem.mode)), outcome
 
 
 def _program(
@@ -146,24 +146,25 @@ def _program(
 
 
 def _placed(
-    patterns: Sequence[_Pattern], counts: Sequence[int], sizes: Sequence[_Size], jobs: dict[_Size, list[Job]]
+    patterns: Sequence[_Pattern],
+    counts: Sequence[int],
+    sizes: Sequence[_Size],
+    jobs: dict[_Size, list[Job]],
+    mode: Sharing,
 ) -> Iterator[Spot]:
     """The blocks in the crossbars of the chosen patterns; what a pattern covers twice is placed once."""
     waiting = {size: list(reversed(found)) for size, found in jobs.items()}
     for slot, pattern in enumerate(p for p, count in zip(patterns, counts, strict=True) for _ in range(count)):
         row = col = 0
         for shelf in pattern.shelves:
-            col = col if _is_corner(pattern) else 0
+            # Shelves start at the left; on the diagonal each block starts where the one before ends.
+            col = 0 if mode == "time" else col
             height = 0
             for size, count in zip(sizes, shelf, strict=True):
                 for _ in range(min(count, len(waiting[size]))):
                     yield (*waiting[size].pop(), pattern.kind, (slot, row, col))
                     col, height = col + size[1], max(height, size[0])
             row += height
-
-
-def _is_corner(pattern: _Pattern) -> bool:
-    return all(sum(shelf) == 1 for shelf in pattern.shelves)
 
 
 # ----------------------------------------------------------------------------------------------------------- patterns

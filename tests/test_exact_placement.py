@@ -98,6 +98,12 @@ def test_exact_is_sound_and_never_worse(
     assert exact == place(nodes, chip, method="exact")
 
 
+def test_shelves_of_one_block_each_start_at_the_left() -> None:
+    chip = chip_of((5, 8), (8, 5), (3, 3), sharing="time")
+    placement = place(nodes_of((1, 1), (1, 1), (1, 12), (4, 11), (8, 9)), chip, method="exact")
+    assert overlaps(placement) == 0
+
+
 def test_too_many_patterns_leave_the_fast_placement(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(n, 1) for n in (6, 5, 5, 4, 4, 2, 2, 2)]
     chip = chip_of((10, 10), sharing="diagonal")
