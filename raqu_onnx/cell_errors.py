@@ -4,10 +4,11 @@ The level of a cell stands for its conductance above that of level 0. Errors are
 
 * Programming variation: `level * (1 + variation * n)` with n standard normal, drawn once for each cell of each repeat,
   and never below 0. Source: the device model `NormalProportionalDevice` of CrossSim (Sandia National Laboratories),
-  whose magnitude is the standard deviation of the conductance error over the target conductance.
+  whose magnitude is the standard deviation of the random conductance error, normalized to the target conductance.
 * Stuck cells: each cell with the given probability, unused ones too; of those a share gives the highest level, the
-  others 0, whatever is programmed. Source: the stuck-at-0 and stuck-at-1 faults of Chen et al., "RRAM defect modeling
-  and failure analysis based on March test and a novel squeeze-search scheme", IEEE Trans. Computers 64(1), 2015.
+  others 0, whatever is programmed. Source: the stuck-at faults, spread at random over a crossbar, of "Assessment and
+  improvement of the pattern recognition performance of memdiode-based cross-point arrays with randomly distributed
+  stuck-at-faults", Electronics 10(19), 2427, 2021; it tells of test chips with around a tenth of their devices faulty.
 * Read noise: as variation, but drawn anew at each read. Over the cells of a bitline, driven with x, independent normal
   errors add up to one with the standard deviation `noise * sqrt(sum((x * level)^2))`, which is what is drawn.
 """

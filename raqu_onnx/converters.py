@@ -21,9 +21,11 @@ class Adc:
     """A converter whose step is one level of one cell driven with an input of 1.
 
     With n bits it gives `0 .. 2^n - 1`, or `-2^(n-1) .. 2^(n-1) - 1` where it is signed; sums beyond are clipped to the
-    nearest end, sums between two steps are rounded to the nearest. Source: Shafiee et al., ISAAC, ISCA 2016, section 5,
-    whose ADC counts levels: R wordlines of w-bit cells driven with v bits take `log2(R) + v + w` bits, one less where v
-    or w is 1, and one less again where columns are stored flipped.
+    nearest end, sums between two steps are rounded to the nearest: the ADC counts levels, as in Shafiee et al., ISAAC,
+    ISCA 2016. R wordlines of w-bit cells driven with v bits then take `log2(R) + v + w` bits, one less where v or w is
+    1, since no sum exceeds `R * (2^v - 1) * (2^w - 1)` (derived here), and one less again where columns are stored
+    flipped. For ISAAC (R = 128, v = 1, w = 2) that is 9 bits, as in CrossSim's `ISAAC.json`, and 8 with flipping, as in
+    CiMLoop's model of it.
 
     Attributes:
         bits: Resolution; None for an ideal converter, which neither clips nor rounds.

@@ -324,3 +324,10 @@ def test_pieces_are_exact_and_add_up(rows: int, largest: int, weight: int, value
         assert rows * int(np.abs(part).max()) * weight < 1 << 24
         total += part.astype(np.int64) << shift
     np.testing.assert_array_equal(total, x)
+
+
+@pytest.mark.parametrize(("dac", "cell"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4)])
+def test_lossless_bits_follow_the_rule_of_isaac(dac: int, cell: int) -> None:
+    rows = 128
+    bits = Adc(None).bits_for(0, rows * ((1 << dac) - 1) * ((1 << cell) - 1))
+    assert bits == 7 + dac + cell - (1 in (dac, cell))
