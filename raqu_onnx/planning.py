@@ -55,13 +55,15 @@ def plan(
         tidied = TidyPass(exclude=config.exclude)(loaded).model
         AnnotateTilingPass(config.exclude, config.keep, config.input_bits)(tidied)
     kept = _kept(tidied)
-    _require_room(tidied, chip if config.partitions is None else without_counts(chip), config, kept)
+    room = _room(tidied, chip if config.partitions is None else without_counts(chip), config, kept)
     nodes = mapped_nodes(tidied)
     return {
         "mapped_nodes": len(nodes),
         "unmapped_nodes": len(unmapped_nodes(tidied)),
         "chip": chip.name,
+        "crossbars": {kind.name: kind.count for kind in chip.crossbars},
         "uniform_8_bit_crossbars": _place(tidied, chip, (MAX_BITS,) * len(nodes))[0].crossbars,
+        "room": room,
         "calibration": describe(data.calibration),
         "selection": _selection(data, config),
         "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
@@ -92,20 +94,25 @@ def _place(
     return place_anyway(matrices, chip, chip.sharing, max_crossbars)
 
 
-def _require_room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: frozenset[int]) -> None:
-    """Make sure that the smallest widths fit, as the search will.
+def _room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: frozenset[int]) -> str:
+    """What the smallest widths take of what there is.
 
     Raises:
-        DoesNotFitError: They do not.
+        DoesNotFitError: They do not fit, and no kernel may be dropped.
     """
     settings = replace(config.search_settings, kept=kept)
-    if settings.drops:
-        # How many kernels can go is known only when their losses are.
-        return
     smallest = settings.bits(len(mapped_nodes(model)), settings.weight_bits[0], None).weights
     placed, fits = _place(model, chip, smallest, config.max_crossbars)
     short = shortage(chip, placed.crossbars_by_type)
-    check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits, short=short)
+    over = not fits or placed.crossbars > (config.max_crossbars or placed.crossbars)
+    if not settings.drops:
+        check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits, short=short)
+    taken = "1 crossbar" if placed.crossbars == 1 else f"{placed.crossbars} crossbars"
+    text = f"{settings.weight_bits[0]} bits for every kernel take {taken}"
+    # How many kernels can go is known only when their losses are.
+    return (
+        f"{text}, more than there are: kernels have to be dropped, or it will not fit" if over else f"{text}, which fit"
+    )
 
 
 def _widths(config: OptimizeConfig, kept: Sequence[str]) -> str:

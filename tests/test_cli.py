@@ -238,6 +238,17 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(cli: Cli, snapshot: Snapsho
     assert snapshot(workspace) == before
 
 
+def test_a_dry_run_shows_what_the_chip_has_and_whether_that_may_do(cli: Cli, workspace: Path) -> None:
+    plan = cli(*RUN, "--dry-run", "--max-crossbars", "30").out
+    assert re.search(r"^chip +small: any number of main; the model takes \d+ crossbars at 8 bits, packed$", plan, re.M)
+    assert re.search(r"^room +2 bits for every kernel take \d+ crossbars, which fit$", plan, re.M)
+    tight = cli(*RUN, "--dry-run", "--max-crossbars", "1").out
+    assert "crossbars, more than there are: kernels have to be dropped, or it will not fit" in tight
+    with (workspace / "chip.toml").open("a") as chip:
+        chip.write("count = 77\n")
+    assert ": 77 of main; the model takes " in cli(*RUN, "--dry-run").out
+
+
 # -------------------------------------------------------------------------------------------------------------- JSON
 
 

@@ -393,7 +393,9 @@ def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:
         return 0
     print(f"model        {config.model}: {steps['mapped_nodes']} nodes on crossbars, {steps['unmapped_nodes']} not")
     crossbars = counted(steps["uniform_8_bit_crossbars"], "crossbar")
-    print(f"chip         {steps['chip']}: {crossbars} at 8 bits, packed")
+    have = ", ".join(f"{'any number' if n is None else n} of {kind}" for kind, n in steps["crossbars"].items())
+    print(f"chip         {steps['chip']}: {have}; the model takes {crossbars} at 8 bits, packed")
+    print(f"room         {steps['room']}")
     print(f"calibration  {steps['calibration']}")
     print(f"selection    {steps['selection']}")
     print(f"evaluation   {steps['evaluation']}")
