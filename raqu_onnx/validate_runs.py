@@ -92,8 +92,9 @@ class LevelRuns:
                 comparison.add(found["disable-all"], found[fast])
             if not sessions:
                 return {}
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         for name in sessions:
-            detail = f"{samples} samples of {data.name}, {self.threads} threads"
+            detail = f"{samples} samples of {data.name}, {threads}"
             self.checklist.run(f"run.{name}", runs[name].not_finite(), detail)
         if {"disable-all", fast} <= set(sessions):
             names = runs["disable-all"].names

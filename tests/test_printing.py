@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from raqu_onnx.cli.costs import bits_column
 from raqu_onnx.cli.printing import console, counted, print_json, print_table, shortened
 
 NAMES = [f"/blocks/block{block}/{part}/conv/Conv" for block in range(9) for part in ("expand", "project")]
@@ -91,3 +96,20 @@ def test_numbers_agree_with_their_nouns() -> None:
 def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"a": [float("inf"), {"b": float("nan")}, (1.5,)]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}, [1.5]]}
+
+
+def test_means_of_bits_have_one_format_in_a_column() -> None:
+    assert bits_column([8.0, None, 4.0]) == ["8", "-", "4"]
+    assert bits_column([8.0, 2.5, 2.55555, None]) == ["8.00", "2.50", "2.56", "-"]
+
+
+def test_percentages_have_no_space(cli: Callable[..., Any], workspace: Path) -> None:
+    assert workspace.is_dir()
+    data = ("--calibration", "calibration.npz", "--eval", "eval.npz", "--threads", "1")
+    ran = cli("optimize", "model.onnx", *data, "--hw", "chip.toml", "--evaluations", "1", "-o", "out")
+    shown = cli("manifest", "show", "out").out + cli("validate", "out", "--data", "eval.npz", "--threads", "1").out
+    for text in (ran.out, shown):
+        assert "%" in text
+        assert not re.search(r"\d %", text)
+    assert "1 thread" in shown
+    assert "1 threads" not in shown

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.placement_problem import ExactOutcome
 
-__all__ = ["bound_text", "number", "print_costs", "print_partitions"]
+__all__ = ["bits_column", "bound_text", "number", "print_costs", "print_partitions"]
 
 _CYCLES = {
     "array-read": "a cycle: one read of an array with one input bit-slice",
@@ -32,6 +32,12 @@ _FIGURES = {"time": "time", "energy": "energy", "area": "area"}
 def number(value: float | None, form: str) -> str:
     """A number, or a dash for none."""
     return "-" if value is None else format(value, form)
+
+
+def bits_column(values: Sequence[float | None]) -> list[str]:
+    """Means of bits in one format: two decimals as soon as one of them is no whole number."""
+    form = ".0f" if all(value is None or value == round(value) for value in values) else ".2f"
+    return [number(value, form) for value in values]
 
 
 def bound_text(bound: int, gap: float | None, exact: ExactOutcome | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raqu_onnx.cli.costs import bound_text, number, print_costs, print_partitions
+from raqu_onnx.cli.costs import bits_column, bound_text, number, print_costs, print_partitions
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.report_files import HTML_FILE
 from raqu_onnx.results import describe_goal
@@ -66,9 +66,10 @@ def _print_nodes(result: OptimizeResult) -> None:
     copied = any(count > 1 for count in result.replicas.values())
     headers = ("node", "weight bits", "activation bits", *(["copies"] if copied else []), "cycles")
     rows = []
-    for name, (weight, activation) in result.bits.items():
+    means = bits_column([weight for weight, _ in result.bits.values()])
+    for mean, (name, (_, activation)) in zip(means, result.bits.items(), strict=True):
         copies = [str(result.replicas[name])] if copied else []
-        bits = (f"{weight:g}", "float" if activation is None else str(activation))
+        bits = (mean, "float" if activation is None else str(activation))
         rows.append((name, *bits, *copies, number(result.cycles.get(name), "d")))
     print_table(console(), headers, rows, right=range(1, len(headers)))
 
@@ -79,7 +80,13 @@ def _print_figures(result: OptimizeResult) -> None:
     scores = [item.evaluation if judged else item.selection for item in result.figures]
     metric = next((score.metric for score in scores if score is not None), "quality")
     headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == _NOISE else metric, "KL")
-    rows = [_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)]
+    columns = [
+        [item.label for item in result.figures],
+        bits_column([item.weight_bits for item in result.figures]),
+        bits_column([item.activation_bits for item in result.figures]),
+        *zip(*(_figure_cells(item, score) for item, score in zip(result.figures, scores, strict=True)), strict=True),
+    ]
+    rows = list(zip(*columns, strict=True))
     print_table(out, headers, rows, right=tuple(range(1, len(headers))), bold="ours")
     for line in _legend(result, metric, judged=judged):
         out.print(line)
@@ -127,9 +134,6 @@ def _named(data: DataSummary) -> str:
 
 def _figure_cells(item: Figures, score: Score | None) -> list[str]:
     return [
-        item.label,
-        number(item.weight_bits, ".3g"),
-        number(item.activation_bits, ".3g"),
         number(item.crossbars, "d"),
         number(item.cell_utilization, ".1%"),
         number(item.bit_utilization, ".1%"),
@@ -141,7 +145,7 @@ def _figure_cells(item: Figures, score: Score | None) -> list[str]:
 def _quality(score: Score) -> str:
     """How good a model is: accuracy or agreement in percent, else the noise in dB."""
     if score.metric != _NOISE:
-        return f"{100 * score.quality:.2f} %"
+        return f"{score.quality:.2%}"
     return "-" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
 
 
@@ -159,7 +163,7 @@ def _goal_lines(result: OptimizeResult) -> Iterator[str]:
     side = "below" if drop >= 0 else "above"
     yield (
         f"reached: {counted(search.chosen.crossbars, 'crossbar')}, {abs(drop):.2f} points {side} float "
-        f"({100 * reference.quality:.2f} -> {100 * score.quality:.2f} % {score.metric}"
+        f"({reference.quality:.2%} -> {score.quality:.2%} {score.metric}"
         f"{'' if data is None else f' on {_named(data)}, the {role} data'})"
     )
     yield f"the goal is {'met' if search.goal_met else 'NOT met'}"
