@@ -3,8 +3,10 @@
 A node then takes (row blocks) x (column blocks) crossbars, and nothing is saved until one of the two falls. From the
 widest widths on, the budget is reached in steps, each the one that loses least per crossbar saved: either a node is
 fitted into fewer columns (`best_within_columns`), or so many kernels are dropped that a reader needs one row block
-less. Columns that are left in the crossbars that remain get bits again ("fill"). Fitting is exact for the columns
-that it fills; where whole kernels end a block early, it has that many fewer.
+less. Each step changes one node: kernels of two nodes that would save a row block only together, as where both feed the
+same reader, are never dropped at once. Pairs would have to be tried in all their shares, and every trial prunes the
+whole model. Columns that are left in the crossbars that remain get bits again ("fill"). Fitting is exact for the
+columns that it fills; where whole kernels end a block early, it has that many fewer.
 """
 
 from __future__ import annotations
