@@ -52,6 +52,7 @@ __all__ = [
     "VALIDATION",
     "Annotation",
     "NodeBits",
+    "emitted_nodes",
     "mapped_nodes",
     "unmapped_nodes",
 ]
@@ -156,6 +157,12 @@ def mapped_nodes(model: ir.Model) -> list[ir.Node]:
     if not nodes:
         raise MissingAnnotationError("no node is mapped: run the pass annotate-tiling first")
     return nodes
+
+
+def emitted_nodes(model: ir.Model) -> list[QuantizedNode]:
+    """What was written into the graph, in its order."""
+    found = (QUANTIZED.get(node) for node in model.graph if EMITTED.get(node) is not None)
+    return [item for item in found if item is not None]
 
 
 def unmapped_nodes(model: ir.Model) -> list[UnmappedNode]:

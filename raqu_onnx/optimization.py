@@ -22,6 +22,7 @@ from raqu_onnx.annotations import (
     SINGLE,
     VALIDATION,
     NodeBits,
+    emitted_nodes,
     mapped_nodes,
     unmapped_nodes,
 )
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Sharing
     from raqu_onnx.manifest_entries import CostEntry
     from raqu_onnx.placement import Placement
-    from raqu_onnx.quantized import QuantizedNode
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search import ProgressCallback, SearchResult, UniformBaseline
 
@@ -204,7 +204,7 @@ class _Run:
             warnings=(
                 *self.data.warnings,
                 *(self.data.label_warnings(figures[0]) if figures else ()),
-                *saturation_warning(saturating(_emitted(model))),
+                *saturation_warning(saturating(emitted_nodes(model))),
                 *search_warnings(SEARCH.get(model), self.resources.search_run),
                 *([f"no copies were made: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
@@ -367,11 +367,6 @@ def _baseline_rows(
                 )
             )
     return rows
-
-
-def _emitted(model: ir.Model) -> list[QuantizedNode]:
-    found = (QUANTIZED.get(node) for node in model.graph if EMITTED.get(node) is not None)
-    return [item for item in found if item is not None]
 
 
 def _dropped_by_node(model: ir.Model) -> dict[str, int]:

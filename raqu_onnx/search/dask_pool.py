@@ -130,7 +130,8 @@ class _DaskJudges:
             WorkerError: Workers die again and again.
         """
         distributed: Any = import_module("distributed")
-        gone = (distributed.KilledWorker, distributed.CancelledError, asyncio.CancelledError)
+        # The last two where the scheduler itself is gone, or has no workers for long.
+        gone = (distributed.KilledWorker, distributed.CancelledError, asyncio.CancelledError, OSError, TimeoutError)
         left, deaths = dict(enumerate(candidates)), 0
         while left and not until():
             try:

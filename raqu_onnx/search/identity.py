@@ -2,8 +2,9 @@
 
 A score that was written down may stand for judging again only where judging would give the same floats. That takes the
 same model, data and method; the same code, here and in the libraries below; and a processor of the same kind with the
-same number of threads, since both decide in which order onnxruntime and BLAS add. What is sought (budgets, evaluations,
-seed) does not count: it decides what is judged, not what comes out.
+same number of threads. Of 116 random convolutions that onnxruntime 1.32 ran with 1, 2 and 4 threads, 9 (of one sample
+each) differed in their last digits; scores of both bundled models at 64 samples per run did not. What is sought
+(budgets, evaluations, seed) does not count: it decides what is judged, not what comes out.
 """
 
 from __future__ import annotations
