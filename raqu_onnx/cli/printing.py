@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "counted",
     "print_json",
     "print_table",
+    "printable",
     "result_is_complete",
     "shortened",
     "telling_stdout",
@@ -28,6 +30,8 @@ __all__ = [
 # A pipe has no width: whoever reads it wants whole names and one line for each statement.
 _PIPE_COLUMNS = 10_000
 _GAP = 2
+# Controls, formats such as those that turn text around, and separators that some terminals break lines at.
+_STEERING = {"Cc", "Cf", "Zl", "Zp"}
 # A name is never shortened below this; a table that is still too wide is left to the terminal.
 _LEAST_NAME = 12
 
@@ -102,9 +106,30 @@ def console() -> Console:
             """Raise the error that is being handled again: the command line knows the exit code."""
             raise
 
+        def print(self, *objects: Any, **settings: Any) -> None:
+            """Print what names hold, but do nothing that they ask a terminal for."""
+            super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **settings)
+
     # Names of nodes are not markup.
     width = None if sys.stdout.isatty() else _PIPE_COLUMNS
     return Plain(highlight=False, markup=False, emoji=False, width=width)
+
+
+def printable(text: str) -> str:
+    """A text without characters that steer a terminal or turn its line around, as names in a stranger's model may hold.
+
+    Each stands as its escape, as in Python's strings; line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in _STEERING else _escape(character)
+        for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def print_table(
@@ -124,6 +149,7 @@ def print_table(
     from rich.cells import cell_len
 
     unicode = out.encoding.startswith("utf")
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
     excess = sum(widths) + _GAP * (len(widths) - 1) - out.width
     widths[0] = min(widths[0], max(widths[0] - excess, _LEAST_NAME))
