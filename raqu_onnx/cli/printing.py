@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
 from raqu_onnx.errors import RaquError
+from raqu_onnx.short_names import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -167,23 +168,6 @@ def print_table(
     names = shortened([row[0] for row in rows], widths[0], "…" if unicode else "...")
     for name, (first, *others) in zip(names, rows, strict=True):
         out.print(line([name, *others]), style="bold" if bold and first == bold else None, soft_wrap=True)
-
-
-def shortened(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
-    """Names without their middle where they are longer than `width`.
-
-    Both ends stay. How much of each is chosen for all names together, so that as many as possible still differ.
-    """
-    if all(len(name) <= width for name in names):
-        return list(names)
-    kept = max(width - len(mark), 2)
-
-    def cut(head: int) -> list[str]:
-        return [name if len(name) <= width else name[:head] + mark + name[head - kept :] for name in names]
-
-    # The even split first, of those that tell apart as many names.
-    heads = sorted(range(1, kept), key=lambda head: (abs(2 * head - kept), -head))
-    return cut(max(heads, key=lambda head: len(set(cut(head)))))
 
 
 def counted(count: int, noun: str) -> str:
