@@ -369,10 +369,10 @@ def run_pipeline(
 
     wanted = set(dump_after)
     timings: list[PassTiming] = []
-    for index, item in enumerate(passes):
+    for index, item in enumerate(items := list(passes)):
         name = _name(item)
         logger.info("pass %s", name)
-        progress(f"pass {name}", 0, 1)
+        progress(f"pass {name}", index, len(items))
         # What was freed before is not held beside what this pass takes.
         release_freed()
         start = time.perf_counter()

@@ -1,49 +1,45 @@
-"""Progress on stderr: a bar on a terminal, else one plain line for each stage."""
+"""Progress on stderr: on a terminal stage, step and the best so far, else one plain line for each stage."""
 
 from __future__ import annotations
 
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from raqu_onnx.search import ProgressCallback
 
-__all__ = ["show_progress"]
+__all__ = ["BEST", "PASS", "show_progress"]
+
+#: What begins so tells of a pass of the pipeline; the steps that follow are within it.
+PASS: Final = "pass "  # noqa: S105 - no password
+#: What begins so tells of the best candidate that a search has found.
+BEST: Final = "best so far: "
 
 
 @contextmanager
-def show_progress(*, enabled: bool) -> Iterator[ProgressCallback]:
-    """A callback that draws a bar on stderr while the block runs.
+def show_progress(*, enabled: bool, lines: bool = True) -> Iterator[ProgressCallback]:
+    """A callback that shows on stderr, while the block runs, how far it is.
 
     Where stderr is no terminal, such as in a log file, the start of each stage is one line with the seconds so far.
+
+    Args:
+        enabled: False shows nothing.
+        lines: Whether those lines are written; False keeps a pipe silent.
     """
-    if not enabled:
+    if not enabled or (not lines and not sys.stderr.isatty()):
         yield lambda _what, _done, _total: None
-        return
-    if not sys.stderr.isatty():
+    elif not sys.stderr.isatty():
         yield _plain_lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    else:
+        # Imported here: rich is needed only where something is drawn.
+        from raqu_onnx.progress_view import drawn_progress
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1)
-
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=max(1, total))
-
-        yield update
+        with drawn_progress() as update:
+            yield update
 
 
 def _plain_lines() -> ProgressCallback:
@@ -51,8 +47,11 @@ def _plain_lines() -> ProgressCallback:
     last: list[str] = []
 
     def update(what: str, _done: int, _total: int) -> None:
-        if [what] != last:
+        if [what] == last:
+            return
+        # The step in which something better was found goes on.
+        if not what.startswith(BEST):
             last[:] = [what]
-            print(f"{time.perf_counter() - start:8.1f} s  {what}", file=sys.stderr, flush=True)
+        print(f"{time.perf_counter() - start:8.1f} s  {what}", file=sys.stderr, flush=True)
 
     return update

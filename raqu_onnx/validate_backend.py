@@ -40,6 +40,7 @@ def check_crossbars(
         threads: Threads of onnxruntime.
         activation_bits: Fewest bits that the model clips an activation to.
     """
+    checklist.tell("running the model on crossbars")
     plan = Plan(mapped, threads)
     sessions = (make_session(path, level="disable-all", threads=threads), CrossbarSession(plan))
     comparison, samples = Comparison(), 0

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from raqu_onnx.evaluation import Score
+    from raqu_onnx.search import ProgressCallback
 
 __all__ = ["Check", "Checklist", "ValidationReport"]
 
@@ -75,10 +76,20 @@ class ValidationReport:
 
 
 class Checklist:
-    """Collects checks."""
+    """Collects checks.
 
-    def __init__(self) -> None:
+    Args:
+        progress: Told of every rule before it is tried.
+    """
+
+    def __init__(self, progress: ProgressCallback | None = None) -> None:
         self.checks: list[Check] = []
+        self._progress = progress
+
+    def tell(self, what: str, done: int = 0, total: int = 1) -> None:
+        """Say what is being done; rules tell their names themselves."""
+        if self._progress is not None:
+            self._progress(what, done, total)
 
     def run(self, name: str, findings: Iterable[str], detail: str = "") -> bool:
         """Record one check.
@@ -91,6 +102,7 @@ class Checklist:
         Returns:
             Whether the rule holds.
         """
+        self.tell(f"checking {name}")
         found = list(findings)
         self.checks.extend(Check(name, False, text) for text in found[:_MOST_FINDINGS])
         if len(found) > _MOST_FINDINGS:

@@ -73,6 +73,7 @@ class LevelRuns:
         samples = 0
         fast = "exact" if exact else "enable-all"
         for batch in data.batches(_BATCH):
+            self.checklist.tell("running the model", samples, data.size or samples)
             samples += batch.size
             expected = None if reference is None else _arrays(run_feeds(reference, None, batch.feeds, data.name))
             found: dict[str, list[NDArray[Any]]] = {}

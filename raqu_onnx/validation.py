@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from raqu_onnx.data import Dataset, DataSource
     from raqu_onnx.manifest import Manifest
     from raqu_onnx.scoring import Score, Task
+    from raqu_onnx.search import ProgressCallback
 
 __all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "Check", "ValidationReport", "task_of", "validate"]
 
@@ -47,6 +48,7 @@ def validate(
     reference: str | Path | None = None,
     threads: int | None = None,
     seed: int = 0,
+    progress: ProgressCallback | None = None,
 ) -> ValidationReport:
     """Check an output folder.
 
@@ -56,6 +58,7 @@ def validate(
         reference: The float model, for fidelity; must be the one that the manifest names.
         threads: Threads of onnxruntime, default all that this process may use.
         seed: Seed of generated inputs.
+        progress: Told of every rule and batch.
 
     Returns:
         Every rule with what was found.
@@ -73,7 +76,7 @@ def validate(
             raise ManifestError(f"{folder / name}: is missing; give the folder that optimize wrote")
     model = _emitted_model(folder)
     data = None if dataset is None else open_dataset(dataset, model_inputs(model))
-    checklist = Checklist()
+    checklist = Checklist(progress)
     manifest = FolderChecks(folder, checklist, seed).run(model)
     if reference is not None and manifest is not None:
         _check_reference(manifest, Path(reference), checklist)

@@ -79,7 +79,7 @@ def test_a_pipe_gets_one_whole_line_for_each_crossbar_type(capsys: pytest.Captur
     assert hw("list") == 0
     lines = capsys.readouterr().out.splitlines()
     chips = [load_chip(name) for name in builtin_chips()]
-    assert len(lines) == 2 + sum(len(chip.crossbars) for chip in chips)  # Headers, and the legend of ~.
+    assert len(lines) == 3 + sum(len(chip.crossbars) for chip in chips)  # Headers, a rule, and the legend of ~.
     assert all(line == line.rstrip() for line in lines)
     for chip in chips:
         assert any(line.startswith(f"{chip.name} ") and line.endswith(chip.title) for line in lines)

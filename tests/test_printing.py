@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from raqu_onnx.cli.costs import bits_column
-from raqu_onnx.cli.printing import console, counted, print_json, print_table, shortened
+from raqu_onnx.cli.printing import console, counted, print_json, print_table, printable, shortened
 
 NAMES = [f"/blocks/block{block}/{part}/conv/Conv" for block in range(9) for part in ("expand", "project")]
 
@@ -113,3 +114,23 @@ def test_percentages_have_no_space(cli: Callable[..., Any], workspace: Path) -> 
         assert not re.search(r"\d %", text)
     assert "1 thread" in shown
     assert "1 threads" not in shown
+
+
+@given(st.text())
+def test_what_is_printed_steers_no_terminal(text: str) -> None:
+    shown = printable(text)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
+    if not set(text) & set(map(chr, range(32))) and text.isprintable():
+        assert shown == text
+
+
+def test_names_in_results_steer_no_terminal(cli: Callable[..., Any], workspace: Path) -> None:
+    model = onnx.load(workspace / "model.onnx")
+    model.graph.node[0].name = "\x1b]0;taken\x07\x1b[2J\u202econv"
+    onnx.save(model, workspace / "model.onnx")
+    for command in (("inspect", "model.onnx"), ("optimize", "model.onnx", "--weight-bits", "8", "--no-progress")):
+        ran = cli(*command)
+        assert ran.code == 0
+        for said in (ran.out, ran.err):
+            assert not set(said) & {"\x1b", "\x07", "\u202e"}
+        assert r"\x1b]0;taken\x07\x1b[2J\u202econv" in ran.out

@@ -18,10 +18,10 @@ from raqu_onnx.config import OptimizeConfig, load_config
 from raqu_onnx.data import PictureOptions
 from raqu_onnx.html.command import changed_settings, command_of
 from raqu_onnx.html.floor_plan import floor_plan, ranges_text
-from raqu_onnx.html.names import short_names
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
+from raqu_onnx.short_names import short_names
 
 # ---------------------------------------------------------------------------------------------------- the floor plan
 
@@ -171,14 +171,22 @@ def test_a_model_in_memory_has_no_command() -> None:
 # --------------------------------------------------------------------------------------------------- names, colours
 
 
-def test_names_are_cut_where_all_are_the_same_and_where_they_are_long() -> None:
+def test_names_lose_what_says_nothing() -> None:
     names = ["/net/stem/conv/Conv", "/net/head/fc/Gemm", "/net/head/" + 30 * "x" + "/MatMul", "/net/head/gate/Sigmoid"]
     assert short_names(names, ["Conv", "Gemm", "MatMul", "Conv"]) == [
-        "stem/conv", "head/fc", "head/" + 6 * "x" + "…" + 11 * "x", "head/gate/Sigmoid",
+        "stem", "head/fc", "head/" + 7 * "x" + "…" + 11 * "x", "head/gate/Sigmoid",
     ]  # fmt: skip
     assert short_names(["", "a"], ["Conv", "Conv"]) == ["Conv", "a"]
     assert short_names(["/only/Conv"], ["Conv"]) == ["only"]
+    assert short_names(["Conv"], ["Conv"]) == ["Conv"]
     assert short_names([], []) == []
+
+
+@given(st.lists(st.text("ab/", min_size=1, max_size=60)), st.sampled_from(["a", "b"]))
+def test_short_names_fit_and_are_never_empty(names: list[str], op_type: str) -> None:
+    found = short_names(names, [op_type] * len(names))
+    assert len(found) == len(names)
+    assert all(0 < len(name) <= 24 for name in found)
 
 
 def test_neighbouring_layers_differ_in_colour() -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from raqu_onnx.cli.parser import Parser
-from raqu_onnx.cli.printing import StdoutError, telling_stdout
+from raqu_onnx.cli.printing import StdoutError, printable, telling_stdout
 from raqu_onnx.errors import RaquError
 
 __all__ = ["full_parser", "main"]
@@ -92,7 +92,7 @@ def _notes(error: BaseException) -> list[str]:
 
 def _fail(lines: Iterable[str], code: int) -> int:
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return code
 
 

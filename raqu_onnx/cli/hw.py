@@ -181,9 +181,11 @@ def _print_json(**content: object) -> None:
 
 
 def _table(*headers: str) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    # As other tables, but for the prose in the last column.
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for header in headers:  # the last column holds prose and wraps
         table.add_column(header, overflow="fold", no_wrap=header != headers[-1])
     return table

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from raqu_onnx.cli.options import add_common, add_exclude, start_logging
-from raqu_onnx.cli.printing import counted, print_json, result_is_complete
+from raqu_onnx.cli.printing import counted, print_json, printable, result_is_complete
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -380,7 +380,7 @@ def run_optimize(config: OptimizeConfig, args: argparse.Namespace) -> int:
 def _print_warnings(warnings: Iterable[str], args: argparse.Namespace) -> None:
     if not args.quiet:  # They stand in the result as well.
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 def _dry_run(config: OptimizeConfig, args: argparse.Namespace) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
 from raqu_onnx.errors import RaquError
+from raqu_onnx.short_names import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ __all__ = [
     "counted",
     "print_json",
     "print_table",
+    "printable",
     "result_is_complete",
     "shortened",
     "telling_stdout",
@@ -28,6 +31,8 @@ __all__ = [
 # A pipe has no width: whoever reads it wants whole names and one line for each statement.
 _PIPE_COLUMNS = 10_000
 _GAP = 2
+# Controls, formats such as those that turn text around, and separators that some terminals break lines at.
+_STEERING = {"Cc", "Cf", "Zl", "Zp"}
 # A name is never shortened below this; a table that is still too wide is left to the terminal.
 _LEAST_NAME = 12
 
@@ -102,9 +107,30 @@ def console() -> Console:
             """Raise the error that is being handled again: the command line knows the exit code."""
             raise
 
+        def print(self, *objects: Any, **settings: Any) -> None:
+            """Print what names hold, but do nothing that they ask a terminal for."""
+            super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **settings)
+
     # Names of nodes are not markup.
     width = None if sys.stdout.isatty() else _PIPE_COLUMNS
     return Plain(highlight=False, markup=False, emoji=False, width=width)
+
+
+def printable(text: str) -> str:
+    """A text without characters that steer a terminal or turn its line around, as names in a stranger's model may hold.
+
+    Each stands as its escape, as in Python's strings; line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in _STEERING else _escape(character)
+        for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def print_table(
@@ -124,6 +150,7 @@ def print_table(
     from rich.cells import cell_len
 
     unicode = out.encoding.startswith("utf")
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(headers, *rows, strict=True)]
     excess = sum(widths) + _GAP * (len(widths) - 1) - out.width
     widths[0] = min(widths[0], max(widths[0] - excess, _LEAST_NAME))
@@ -141,23 +168,6 @@ def print_table(
     names = shortened([row[0] for row in rows], widths[0], "…" if unicode else "...")
     for name, (first, *others) in zip(names, rows, strict=True):
         out.print(line([name, *others]), style="bold" if bold and first == bold else None, soft_wrap=True)
-
-
-def shortened(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
-    """Names without their middle where they are longer than `width`.
-
-    Both ends stay. How much of each is chosen for all names together, so that as many as possible still differ.
-    """
-    if all(len(name) <= width for name in names):
-        return list(names)
-    kept = max(width - len(mark), 2)
-
-    def cut(head: int) -> list[str]:
-        return [name if len(name) <= width else name[:head] + mark + name[head - kept :] for name in names]
-
-    # The even split first, of those that tell apart as many names.
-    heads = sorted(range(1, kept), key=lambda head: (abs(2 * head - kept), -head))
-    return cut(max(heads, key=lambda head: len(set(cut(head)))))
 
 
 def counted(count: int, noun: str) -> str:

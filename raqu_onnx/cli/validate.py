@@ -39,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the float model that was optimized, to report fidelity to it (default: none)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: all)")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress on a terminal")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only what is wrong")
     parser.set_defaults(run=run)
@@ -52,9 +53,11 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Validate and print; 1 when a check failed."""
+    from raqu_onnx.progress import show_progress
     from raqu_onnx.validation import validate
 
-    report = validate(args.out_dir, args.data, reference=args.reference, threads=args.threads)
+    with show_progress(enabled=not (args.quiet or args.no_progress), lines=False) as progress:
+        report = validate(args.out_dir, args.data, reference=args.reference, threads=args.threads, progress=progress)
     if args.format == "json":
         from raqu_onnx.cli.printing import print_json
 

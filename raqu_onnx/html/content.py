@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raqu_onnx.html.names import short_names
 from raqu_onnx.manifest_view import ManifestView
+from raqu_onnx.short_names import short_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

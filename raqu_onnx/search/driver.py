@@ -8,6 +8,7 @@ import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.placement import DoesNotFitError
+from raqu_onnx.search.best import BestSoFar
 from raqu_onnx.search.kernel_stage import KernelStage
 from raqu_onnx.search.result import (
     Bits,
@@ -44,6 +45,7 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         DoesNotFitError: Even the smallest widths do not fit the chip or the crossbars allowed.
     """
     _require_room(problem, goal)
+    problem.watch = BestSoFar(problem.reference, goal, problem.progress).see
     baselines = _uniform_baselines(problem, goal)
     sensitivity = None
     if problem.settings.is_uniform:

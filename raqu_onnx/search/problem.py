@@ -89,6 +89,7 @@ class Problem:
         self.nodes: list[MappedNode] = [source.node for source in quantizer.sources.values()]
         self.names = tuple(node.name for node in self.nodes)
         self.evaluations: list[Evaluation] = []
+        self.watch: Callable[[Evaluation], None] = lambda _evaluation: None
         self._evaluated: set[Bits] = set()
         self.clock = Clock(run.timeout)
         self._judge = Judge(model, quantizer, selection, settings)
@@ -224,6 +225,7 @@ class Problem:
             if bits not in self._evaluated:
                 self._evaluated.add(bits)
                 self.evaluations.append(found[-1])
+                self.watch(found[-1])
         return found
 
     def score(self, bits: Bits) -> Score:

@@ -1,0 +1,48 @@
+"""Which candidate is the best so far, for those who watch a search."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raqu_onnx.progress import BEST
+from raqu_onnx.search.result import points_below
+
+if TYPE_CHECKING:
+    from raqu_onnx.evaluation import Score
+    from raqu_onnx.search.problem import ProgressCallback
+    from raqu_onnx.search.result import Evaluation, Goal
+
+__all__ = ["BestSoFar"]
+
+
+class BestSoFar:
+    """Tells of every candidate that serves the goal better than those before it.
+
+    Args:
+        reference: Score of the float model.
+        goal: What is sought.
+        progress: Is told, with a text that begins with `BEST`.
+    """
+
+    def __init__(self, reference: Score, goal: Goal, progress: ProgressCallback) -> None:
+        self._reference, self._goal, self._progress = reference, goal, progress
+        self._best: tuple[float, ...] | None = None
+
+    def see(self, evaluation: Evaluation) -> None:
+        """Compare one more candidate."""
+        below = points_below(self._reference, evaluation.score)
+        rank = self._rank(evaluation, below)
+        if self._best is not None and rank >= self._best:
+            return
+        self._best = rank
+        crossbars = "1 crossbar" if evaluation.crossbars == 1 else f"{evaluation.crossbars} crossbars"
+        side = "below" if below >= 0 else "above"
+        missed = "; the goal is not met yet" if rank[0] else ""
+        self._progress(f"{BEST}{crossbars}, {abs(below):.2f} points {side} float{missed}", 0, 1)
+
+    def _rank(self, evaluation: Evaluation, below: float) -> tuple[float, ...]:
+        """Smaller is better: what misses the goal last; then loss in a budget, else crossbars, then loss."""
+        budget, drop = self._goal.max_crossbars, self._goal.max_accuracy_drop
+        missed = (budget is not None and evaluation.crossbars > budget) or (drop is not None and below > drop + 1e-9)
+        by_crossbars = budget is None and not missed
+        return (float(missed), float(evaluation.crossbars) if by_crossbars else 0.0, evaluation.score.loss)
