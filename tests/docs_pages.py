@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import os
 import re
@@ -54,6 +55,15 @@ def blocks(page: Path) -> Iterator[Block]:
             needs = None
 
 
+def links(page: Path) -> Iterator[str]:
+    """Where the links and pictures of a page lead."""
+    for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
+        for child in token.children or ():
+            target = child.attrs.get("href") or child.attrs.get("src")
+            if target:
+                yield str(target)
+
+
 @dataclass
 class Reader:
     """Somebody who does what a page says."""
@@ -72,6 +82,8 @@ class Reader:
             self.compare(block)
         elif block.title is not None:
             (self.folder / block.title).write_text(block.text, encoding="utf-8")
+            # What a folder holds is remembered, and a file that is new within a clock's tick would not be found.
+            importlib.invalidate_caches()
         elif block.language == "bash":
             self.shell(block)
         elif block.language == "python":

@@ -93,6 +93,14 @@ def test_zsh_knows_chips_passes_and_options(script: Callable[[str], Path]) -> No
     assert "--max-crossbars" in text
 
 
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_finds_and_loads_it(script: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "functions").mkdir()
+    (tmp_path / "functions" / "_raqu-onnx").write_text(script("zsh").read_text())
+    found = "fpath=(functions $fpath); autoload -Uz compinit; compinit -u -D; print ${_comps[raqu-onnx]}"
+    assert ask("zsh", f"{found}; autoload +X _raqu-onnx && print loaded").split() == ["_raqu-onnx", "loaded"]
+
+
 def test_another_shell_is_refused(cli: Callable[..., Any]) -> None:
     ran = cli("completion", "csh")
     assert ran.code == 2

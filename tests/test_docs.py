@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from docs_pages import ROOT, Block, Reader, blocks
+from docs_pages import ROOT, Block, Reader, blocks, links
 from result_folders import small_chip, write_folder
 
 from raqu_onnx.hardware import Chip, Components, CrossbarType, Hierarchy
@@ -26,10 +26,16 @@ PAGES = sorted(path for path in DOCS.glob("*.md") if any(block.language != "text
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # As Python does for somebody who starts it in that folder; what the page saves as modules is forgotten afterwards.
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
     reader = Reader(tmp_path)
     for block in blocks(page):
         if block.runs:
             reader.do(block)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 README = ROOT / "README.md"
@@ -76,6 +82,14 @@ def test_the_readme_has_commands() -> None:
     assert sum(SETUP in block.text for block in blocks(README)) == 2
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.stem)
+def test_links_in_the_repository_lead_somewhere(page: Path) -> None:
+    """Of the pages outside the site, which mkdocs does not see."""
+    for link in links(page):
+        if "://" not in link:
+            assert (ROOT / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
 def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) -> None:
     reader = Reader(tmp_path)
     with pytest.raises(AssertionError, match="exit code 3"):
@@ -87,7 +101,7 @@ def test_a_block_that_fails_or_prints_something_else_is_found(tmp_path: Path) ->
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"documentation_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -110,6 +124,8 @@ def test_every_key_of_a_chip_file_is_explained() -> None:
     expected = [f"`{name}`" for model in models for name in model.model_fields]
     assert [row[0] for row in rows("chip")] == expected
     assert all(row[-1] for row in rows("chip"))
+    assert ["`dac_bits`", "integer 1 to 16", "required"] in [row[:3] for row in rows("chip")]
+    assert ["`adc_bits`", "integer 1 to 32", "none"] in [row[:3] for row in rows("chip")]
 
 
 def test_every_key_of_the_manifest_is_explained() -> None:

@@ -97,10 +97,17 @@ def _table(properties: dict[str, Any], meanings: dict[str, str], required: list[
     """One row a key; the column of defaults is left out where `required` is None: then all keys always stand there."""
     heads = ["key", "value", *([] if required is None else ["default"]), "meaning"]
     rows = [heads, ["---"] * len(heads)]
-    for key, part in properties.items():
+    for key, item in properties.items():
+        # TOML has no null: what can be null is left out.
+        part = item if required is None else _without_null(item)
         default = [] if required is None else ["required" if key in required else _default(part)]
         rows.append([f"`{key}`", _kind(part), *default, _escaped(meanings[key])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _without_null(part: dict[str, Any]) -> dict[str, Any]:
+    kinds = [item for item in part.get("anyOf", ()) if item.get("type") != "null"]
+    return {**part, "anyOf": kinds} if kinds else part
 
 
 def _default(part: dict[str, Any]) -> str:

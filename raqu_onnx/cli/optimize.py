@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.cli.data_options import add_data, picture_settings
 from raqu_onnx.cli.options import add_common, add_exclude, start_logging
 from raqu_onnx.cli.printing import counted, print_json, printable, result_is_complete
 
@@ -70,33 +71,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     add_common(parser)
-    _add_data(parser.add_argument_group("data"))
+    add_data(parser.add_argument_group("data"))
     _add_goal(parser.add_argument_group("chip and goal"))
     method = parser.add_argument_group("method")
     _add_granularity(method)
     _add_method(method)
     _add_pipeline(parser.add_argument_group("pipeline"))
     parser.set_defaults(run=_run)
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--calibration", metavar="DATA", help="inputs that ranges are measured on (default: synthetic)")
-    group.add_argument(
-        "--selection",
-        metavar="DATA",
-        help="data that bits are chosen on (default: half of the above, which calibration then does not see; with "
-        "fixed widths nothing is set aside, and figures are of the calibration data)",
-    )
-    group.add_argument("--eval", metavar="DATA", help="data that the result is reported on (default: none)")
-    group.add_argument(
-        "--calibration-samples", type=int, metavar="N", help="most samples that ranges are measured on (default: 512)"
-    )
-    group.add_argument(
-        "--picture-size", metavar="HxW", help="resize and crop pictures of folders to this (default: the model's)"
-    )
-    group.add_argument("--picture-mean", metavar="M[,M,M]", help="subtracted from pictures in 0..1 (default: 0)")
-    group.add_argument("--picture-std", metavar="S[,S,S]", help="divides pictures after that (default: 1)")
-    group.add_argument("--picture-layout", choices=["nchw", "nhwc"], help="axis order of the input (default: nchw)")
 
 
 def _add_goal(group: argparse._ArgumentGroup) -> None:
@@ -239,7 +220,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dask",
         metavar="ADDRESS",
-        help="judge on the workers of the Dask scheduler at this address (pip install 'raqu-onnx[dask]')",
+        help="judge on the workers of the Dask scheduler at this address (pip install 'raqu-onnx[dask]') (default: "
+        "none)",
     )
     group.add_argument(
         "--batch",
@@ -307,29 +289,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     from raqu_onnx.selection import split_patterns
 
     values = {key: getattr(args, key) for key in _SETTINGS}
-    pictures = {
-        "size": _numbers(args.picture_size, "x", int, "--picture-size"),
-        "mean": _numbers(args.picture_mean, ",", float, "--picture-mean"),
-        "std": _numbers(args.picture_std, ",", float, "--picture-std"),
-        "layout": args.picture_layout,
-    }
-    given = {key: value for key, value in pictures.items() if value is not None}
-    values["pictures"] = given or None
+    values["pictures"] = picture_settings(args)
     for key in ("keep", "fit_without", "emit"):
         texts = getattr(args, key)
         values[key] = None if texts is None else [part for text in texts for part in split_patterns(text)]
     return values
-
-
-def _numbers(text: str | None, separator: str, kind: type, option: str) -> tuple[Any, ...] | None:
-    from raqu_onnx.errors import ConfigError
-
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.split(separator))
-    except ValueError as error:
-        raise ConfigError(f"{option}: {text!r} cannot be read; separate numbers with {separator!r}") from error
 
 
 def _run(args: argparse.Namespace) -> int:
