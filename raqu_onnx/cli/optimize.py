@@ -59,6 +59,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE.toml",
         help="settings; paths in it are relative to its folder; options given here win (default: none)",
     )
+    parser.add_argument(
+        "--choose", type=int, metavar="K", help="write point K of the front of a finished search, without searching"
+    )
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        metavar="DIR",
+        help="folder of that search; model, chip, data and settings are taken from it, and must be the same if given",
+    )
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
@@ -112,6 +121,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "agreement with float; without class scores of noise power over signal power, all outputs together, where 0.5 "
         "is an SQNR of 23 dB (default: 0.5)",
     )
+    _add_limits(group)
     group.add_argument(
         "--replicate",
         metavar="N|chip",
@@ -133,6 +143,13 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "output (default: auto)",
     )
     group.add_argument(
+        "--metric",
+        metavar="M|FILE.py:FUNCTION",
+        help="what --max-accuracy-drop counts hundredths of: top1, top5, topk:K (with labels), agreement, kl, sqnr, or "
+        "FUNCTION(outputs, labels) -> number, the higher the better, where outputs is an array, or a dict by output "
+        "name (default: auto, as --task and labels have it)",
+    )
+    group.add_argument(
         "--weight-bits", metavar="N|N-M", help="width of weights in bits, 2 to 8; a range is searched (default: 2-8)"
     )
     group.add_argument(
@@ -149,10 +166,9 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--input-bits",
-        type=int,
-        metavar="N",
-        help="width in bits of the model's own inputs, such as pictures, whatever the other activations get "
-        "(default: 8)",
+        metavar="N|N-M",
+        help="width in bits of the model's own inputs, such as pictures, whatever the other activations get; a range "
+        "is searched (default: 8)",
     )
     add_exclude(group)
     group.add_argument(
@@ -162,6 +178,33 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get, "
         "and drop none of their kernels: `first`, `last` (no mapped node before, or after), or patterns as above "
         "(default: none)",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-latency",
+        metavar="TIME",
+        help="lose least within a latency of one inference alone: 2500ns, 2.5us, 1ms, or cycles: 40000cycles",
+    )
+    group.add_argument("--max-energy", metavar="ENERGY", help="likewise of energy: 300pJ, 12nJ, 0.5uJ or 1mJ")
+    group.add_argument(
+        "--max-average-bits",
+        type=float,
+        metavar="BITS",
+        help="likewise of bits per weight, where dropped kernels count with 0",
+    )
+    group.add_argument(
+        "--fit-chip",
+        action="store_true",
+        default=None,
+        help="lose least on the whole chip (default where it has a number of crossbars and no goal is given)",
+    )
+    group.add_argument(
+        "--objective",
+        choices=["crossbars", "latency", "energy", "edp"],
+        help="minimize this within all limits and --max-accuracy-drop; edp: energy times latency (default: the loss "
+        "where there are limits, else crossbars)",
     )
 
 
@@ -296,10 +339,11 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
-    "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
-    "sensitivity_samples", "batch_size", "seed", "threads", "workers", "dask", "batch", "timeout", "cache",
-    "passes", "skip", "dump_after", "placement", "cells",
+    "max_accuracy_drop", "max_latency", "max_energy", "max_average_bits", "fit_chip", "objective", "replicate",
+    "partitions", "task", "metric", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
+    "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples",
+    "batch_size", "seed", "threads", "workers", "dask", "batch", "timeout", "cache", "passes", "skip", "dump_after",
+    "placement", "cells", "choose", "earlier",
 )  # fmt: skip
 
 
@@ -334,10 +378,11 @@ def _numbers(text: str | None, separator: str, kind: type, option: str) -> tuple
 
 def _run(args: argparse.Namespace) -> int:
     from raqu_onnx.config import default_output, effective_toml, load_config
+    from raqu_onnx.earlier import with_earlier_settings
     from raqu_onnx.errors import ConfigError
 
     start_logging(args)
-    config = load_config(args.config, _overrides(args))
+    config, _ = with_earlier_settings(load_config(args.config, _overrides(args)))
     if args.show_config:
         print(effective_toml(config), end="")
         return 0
