@@ -54,7 +54,7 @@ class FrontReport(_Part):
     """A candidate that no other beats in loss, crossbars and what else the goal speaks of."""
 
     k: int = Field(description="its number, which `raqu-onnx optimize --choose` takes", ge=1)
-    crossbars: int
+    crossbars: int = Field(description="crossbars that it takes")
     average_bits: float | None = Field(description="mean bits per weight, weights that are not stored with 0")
     latency_cycles: int | None = Field(description="cycles of one inference alone, null where unknown")
     latency_ns: float | None = Field(description="the same in ns, null where the chip gives no cycle time")

@@ -55,7 +55,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Samples of the selection data that the emitted model is run on at both optimization levels.
+# Selection samples that the emitted model is run on at both optimization levels.
 _CHECKED_SAMPLES = 16
 
 #: Settings that change no byte of the result, unless the time runs out.

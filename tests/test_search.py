@@ -43,6 +43,7 @@ class FakeProblem:
         self.evaluations: list[Evaluation] = []
         self.scored: list[Bits] = []
         self.clock = Clock()
+        self.in_parts = None
         self.cell_cost = np.full((len(sizes), 9), np.inf)
         for node, size in enumerate(sizes):
             for bits in range(self.settings.weight_bits[0], 9):

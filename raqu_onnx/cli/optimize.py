@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.cli.goal_options import add_earlier, add_limits, add_metric
 from raqu_onnx.cli.options import add_common, add_exclude, start_logging
 from raqu_onnx.cli.printing import counted, print_json, result_is_complete
 
@@ -59,15 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE.toml",
         help="settings; paths in it are relative to its folder; options given here win (default: none)",
     )
-    parser.add_argument(
-        "--choose", type=int, metavar="K", help="write point K of the front of a finished search, without searching"
-    )
-    parser.add_argument(
-        "--from",
-        dest="earlier",
-        metavar="DIR",
-        help="folder of that search; model, chip, data and settings are taken from it, and must be the same if given",
-    )
+    add_earlier(parser)
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
@@ -121,7 +114,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "agreement with float; without class scores of noise power over signal power, all outputs together, where 0.5 "
         "is an SQNR of 23 dB (default: 0.5)",
     )
-    _add_limits(group)
+    add_limits(group)
     group.add_argument(
         "--replicate",
         metavar="N|chip",
@@ -142,13 +135,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "regression judges all float outputs by their noise; auto: classification where there is exactly one such "
         "output (default: auto)",
     )
-    group.add_argument(
-        "--metric",
-        metavar="M|FILE.py:FUNCTION",
-        help="what --max-accuracy-drop counts hundredths of: top1, top5, topk:K (with labels), agreement, kl, sqnr, or "
-        "FUNCTION(outputs, labels) -> number, the higher the better, where outputs is an array, or a dict by output "
-        "name (default: auto, as --task and labels have it)",
-    )
+    add_metric(group)
     group.add_argument(
         "--weight-bits", metavar="N|N-M", help="width of weights in bits, 2 to 8; a range is searched (default: 2-8)"
     )
@@ -178,33 +165,6 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         help="keep 8-bit weights (7 with --reduce-range) and 8-bit activations in these nodes whatever the others get, "
         "and drop none of their kernels: `first`, `last` (no mapped node before, or after), or patterns as above "
         "(default: none)",
-    )
-
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-latency",
-        metavar="TIME",
-        help="lose least within a latency of one inference alone: 2500ns, 2.5us, 1ms, or cycles: 40000cycles",
-    )
-    group.add_argument("--max-energy", metavar="ENERGY", help="likewise of energy: 300pJ, 12nJ, 0.5uJ or 1mJ")
-    group.add_argument(
-        "--max-average-bits",
-        type=float,
-        metavar="BITS",
-        help="likewise of bits per weight, where dropped kernels count with 0",
-    )
-    group.add_argument(
-        "--fit-chip",
-        action="store_true",
-        default=None,
-        help="lose least on the whole chip (default where it has a number of crossbars and no goal is given)",
-    )
-    group.add_argument(
-        "--objective",
-        choices=["crossbars", "latency", "energy", "edp"],
-        help="minimize this within all limits and --max-accuracy-drop; edp: energy times latency (default: the loss "
-        "where there are limits, else crossbars)",
     )
 
 
