@@ -13,7 +13,7 @@ from raqu_onnx.partitioning import Parts, place_in_parts, without_counts
 from raqu_onnx.passes.quantize_weights import build_quantizer
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
-from raqu_onnx.search import Goal, Problem, SearchRun, SearchSettings, no_progress, search
+from raqu_onnx.search import Goal, Problem, SearchResult, SearchRun, SearchSettings, no_progress, search
 from raqu_onnx.weights import FitPart, WeightMethod
 
 if TYPE_CHECKING:
@@ -73,6 +73,16 @@ class SearchBitsPass(ir.passes.InPlacePass):
         Raises:
             DoesNotFitError: Even the smallest widths exceed the chip or the budget.
         """
+        result = self.run.known or self._search(model)
+        SEARCH.set(model, result)
+        chosen = result.chosen.bits
+        activations = chosen.activations or (None,) * len(chosen.weights)
+        widths = dict(zip(result.nodes, zip(chosen.weights, activations, strict=True), strict=True))
+        for node in mapped_nodes(model):
+            BITS.set(node, NodeBits(*widths[MAPPED.require(node).name]))
+        return ir.passes.PassResult(model, modified=True)
+
+    def _search(self, model: ir.Model) -> SearchResult:
         quantizer = QUANTIZER.get(model) or build_quantizer(
             model,
             self.chip.encoding,
@@ -99,14 +109,7 @@ class SearchBitsPass(ir.passes.InPlacePass):
             in_parts=None if self.partitions is None else self._in_parts(model, self.partitions),
             run=self.run,
         )
-        result = search(problem, self.goal)
-        SEARCH.set(model, result)
-        chosen = result.chosen.bits
-        activations = chosen.activations or (None,) * len(chosen.weights)
-        widths = dict(zip(result.nodes, zip(chosen.weights, activations, strict=True), strict=True))
-        for node in mapped_nodes(model):
-            BITS.set(node, NodeBits(*widths[MAPPED.require(node).name]))
-        return ir.passes.PassResult(model, modified=True)
+        return search(problem, self.goal)
 
     def _in_parts(self, model: ir.Model, parts: Parts) -> InParts:
         """How `place-crossbars` will place the model."""

@@ -9,12 +9,23 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from raqu_onnx.annotations import COST, CYCLES, EMITTED, PARTITIONS, PLACEMENT, QUANTIZED, mapped_nodes, unmapped_nodes
+from raqu_onnx.annotations import (
+    COST,
+    CYCLES,
+    EMITTED,
+    PARTITIONS,
+    PLACEMENT,
+    QUANTIZED,
+    SEARCH,
+    mapped_nodes,
+    unmapped_nodes,
+)
 from raqu_onnx.cells import write_cells
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.manifest_build import ManifestContext, build_manifest
 from raqu_onnx.manifest_stages import execution_order
 from raqu_onnx.model_io import model_digest, save_model
+from raqu_onnx.points import search_entry
 
 __all__ = ["CELLS_FILE", "MANIFEST_FILE", "MODEL_FILE", "WriteManifestPass"]
 
@@ -61,6 +72,7 @@ class WriteManifestPass(ir.passes.InPlacePass):
         save_model(model, path)
         nodes = mapped_nodes(model)
         quantized = tuple(QUANTIZED.require(node) for node in nodes)
+        found = SEARCH.get(model)
         order, predecessors = execution_order(model, [item.node.name for item in quantized])
         manifest = build_manifest(
             ManifestContext(
@@ -77,6 +89,7 @@ class WriteManifestPass(ir.passes.InPlacePass):
                 calibration=self.calibration,
                 selection=self.selection,
                 model_file=MODEL_FILE,
+                search=None if found is None else search_entry(found),
             )
         )
         COST.set(model, manifest.totals.cost)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,16 +20,31 @@ from pydantic import (
 
 from raqu_onnx.config_errors import explain
 from raqu_onnx.config_paths import resolve_paths
+from raqu_onnx.config_values import (
+    bits_text,
+    check_granularity,
+    kept_as_written,
+    parse_bits,
+    parse_crossbars,
+    parse_parts,
+    parse_weight_bits,
+    pattern_list,
+    patterns,
+)
 from raqu_onnx.cpu import SAFE_WEIGHT_BITS
 from raqu_onnx.data import PictureOptions
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.goals import goal_of, goal_on
+from raqu_onnx.hardware import load_chip
+from raqu_onnx.metrics import parse_metric
 from raqu_onnx.placement import PlacementMethod
+from raqu_onnx.quantities import parse_energy, parse_latency
 from raqu_onnx.quantizer import QuantizerSettings
 from raqu_onnx.ranges import RangeMethod
 from raqu_onnx.scoring import Task
+from raqu_onnx.search.budget import Objective
 from raqu_onnx.search.result import Goal, SearchSettings
-from raqu_onnx.selection import split_patterns
 from raqu_onnx.weights import FitPart, WeightMethod
 
 __all__ = [
@@ -46,87 +60,13 @@ __all__ = [
 # Kernels of a layer that share a width.
 _GROUPS = {"layer": None, "kernel": 1}
 
-#: Points of accuracy that may be lost when neither a budget nor a drop is given.
-DEFAULT_ACCURACY_DROP = 0.5
 
-
-def parse_bits(value: object) -> tuple[int, int] | None:
-    """Read ``4``, ``"2-8"`` or ``"float"``; a pair is taken as it is, and so is None, which is ``"float"``.
-
-    Raises:
-        ValueError: It is none of these, or not within 2 to 8.
-    """
-    if value is None or (isinstance(value, str) and value.strip() == "float"):
-        return None
-    match value:
-        case int() if not isinstance(value, bool):
-            low = high = value
-        case [int() as low, int() as high]:
-            pass
-        case str() if found := re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", value):
-            low = int(found[1])
-            high = int(found[2] or found[1])
-        case _:
-            raise ValueError(f"{value!r} is no width: give a number such as 4 or a range such as 2-8")
-    if not 2 <= low <= high <= 8:
-        raise ValueError(f"{value!r} is out of range: widths are 2 to 8, the smaller one first")
-    return low, high
-
-
-def _weight_bits(value: object) -> tuple[int, int]:
-    parsed = parse_bits(value)
-    if parsed is None:
-        raise ValueError("weights cannot stay float: give a number such as 4 or a range such as 2-8")
-    return parsed
-
-
-def _crossbar_budget(value: object) -> int | str | None:
-    """Read a number of crossbars, or `chip` for as many as it has."""
-    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
-    if number is None or number == "chip":
-        return number
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
-        raise ValueError(f"{value!r} is no number of crossbars: give one such as 200, or chip for all that it has")
-    return number
-
-
-def _parts(value: object) -> int | str | None:
-    """Read a number of partitions, or `auto` for as few as will do."""
-    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
-    if number is None or number == "auto":
-        return number
-    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 2**31:
-        raise ValueError(f"{value!r} is no number of partitions: give one such as 4, or auto for as few as will do")
-    return number
-
-
-def _bits_text(value: tuple[int, int] | None) -> str | int:
-    if value is None:
-        return "float"
-    return value[0] if value[0] == value[1] else f"{value[0]}-{value[1]}"
-
-
-def _patterns(value: object) -> object:
-    """One pattern may stand alone."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _pattern_list(value: object) -> object:
-    """A text is a list separated by commas."""
-    return split_patterns(value) if isinstance(value, str) else value
-
-
-def _granularity(value: object) -> object:
-    """Check ``layer``, ``kernel`` or ``group:N``."""
-    if isinstance(value, str) and re.fullmatch(r"layer|kernel|group:0*[1-9]\d*", value):
-        return value
-    raise ValueError(f"{value!r} is no granularity: give layer, kernel or group:N, such as group:8")
-
-
-BitRange = Annotated[tuple[int, int], BeforeValidator(_weight_bits), PlainSerializer(_bits_text)]
-CrossbarBudget = Annotated[int | Literal["chip"] | None, BeforeValidator(_crossbar_budget)]
-PartCount = Annotated[int | Literal["auto"] | None, BeforeValidator(_parts)]
-OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(_bits_text)]
+BitRange = Annotated[tuple[int, int], BeforeValidator(parse_weight_bits), PlainSerializer(bits_text)]
+CrossbarBudget = Annotated[int | Literal["chip"] | None, BeforeValidator(parse_crossbars)]
+PartCount = Annotated[int | Literal["auto"] | None, BeforeValidator(parse_parts)]
+Latency = Annotated[str | float | None, BeforeValidator(kept_as_written(parse_latency))]
+Energy = Annotated[str | float | None, BeforeValidator(kept_as_written(parse_energy))]
+OptionalBitRange = Annotated[tuple[int, int] | None, BeforeValidator(parse_bits), PlainSerializer(bits_text)]
 
 
 class OptimizeConfig(BaseModel):
@@ -156,6 +96,19 @@ class OptimizeConfig(BaseModel):
         strict=True,
         description="most points of accuracy (or of agreement with float) that may be lost",
     )
+    max_latency: Latency = Field(
+        None, description="most time of one inference alone, such as 2.5us (a number is ns), or cycles: 40000cycles"
+    )
+    max_energy: Energy = Field(None, description="most energy of one inference, such as 0.5uJ (a number is pJ)")
+    max_average_bits: float | None = Field(
+        None, gt=0, le=8, strict=True, description="most bits per weight on average, dropped ones counted with 0"
+    )
+    objective: Objective | None = Field(
+        None, description="what is minimized within the limits; default the loss where there are any, else crossbars"
+    )
+    fit_chip: bool | None = Field(
+        None, strict=True, description="lose least on the whole chip; default where it has counts and no goal is given"
+    )
     replicate: CrossbarBudget = Field(
         None, description="most crossbars that copies of the slowest nodes may fill, chip for all that it has"
     )
@@ -169,22 +122,26 @@ class OptimizeConfig(BaseModel):
     activation_bits: OptionalBitRange = Field(
         SearchSettings.activation_bits, description="width of activations: a range is searched"
     )
-    input_bits: int = Field(
-        SearchSettings.input_bits, ge=2, le=8, strict=True, description="width of the model's own inputs"
+    input_bits: BitRange = Field(
+        SearchSettings.input_bits, description="width of the model's own inputs: a range is searched"
     )
-    granularity: Annotated[str, BeforeValidator(_granularity)] = Field(
+    granularity: Annotated[str, BeforeValidator(check_granularity)] = Field(
         "kernel", description="what has a width of its own: layer, kernel, or group:N for groups of N kernels"
     )
     drop: bool = Field(True, strict=True, description="kernels may get 0 bits, where a layer has no single width")
     task: Task = Field("auto", description="what the outputs are: class scores, or values that all count")
-    exclude: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = Field(
+    metric: Annotated[str, BeforeValidator(kept_as_written(parse_metric))] = Field(
+        "auto",
+        description="what quality is: top1, topk:K, kl, agreement, sqnr or FILE.py:FUNCTION; auto: as `task` says",
+    )
+    exclude: Annotated[tuple[str, ...], BeforeValidator(patterns)] = Field(
         (), description="nodes that stay as they are: names, operator types or regular expressions"
     )
-    keep: Annotated[tuple[str, ...], BeforeValidator(_pattern_list)] = Field(
+    keep: Annotated[tuple[str, ...], BeforeValidator(pattern_list)] = Field(
         (), description="nodes that keep 8 bits: first, last, names, operator types or regular expressions"
     )
     weight_method: WeightMethod = Field(QuantizerSettings.weight_method, description="how weight codes are chosen")
-    fit_without: Annotated[tuple[FitPart, ...], BeforeValidator(_pattern_list)] = Field(
+    fit_without: Annotated[tuple[FitPart, ...], BeforeValidator(pattern_list)] = Field(
         (), description="parts of the weight method to leave out"
     )
     equalize: bool = Field(
@@ -219,8 +176,10 @@ class OptimizeConfig(BaseModel):
     placement: PlacementMethod = Field(
         "fast", description="fast: constructive; exact: improved by an integer program where a gap is left"
     )
+    choose: int | None = Field(None, ge=1, strict=True, description="point of an earlier search's front to write")
+    earlier: str | None = Field(None, description="result folder of that search")
     cells: bool = Field(False, strict=True, description="also write the level of every programmed cell")
-    emit: Annotated[tuple[Literal["qonnx"], ...], BeforeValidator(_pattern_list)] = Field(
+    emit: Annotated[tuple[Literal["qonnx"], ...], BeforeValidator(pattern_list)] = Field(
         (), description="further forms of the emitted model to write: qonnx"
     )
     passes: str | None = Field(None, description="pipeline to run instead of the default one")
@@ -247,10 +206,8 @@ class OptimizeConfig(BaseModel):
 
     @property
     def goal(self) -> Goal:
-        """The budget and the drop allowed; with neither given, `DEFAULT_ACCURACY_DROP`, and nothing at fixed widths."""
-        if self.max_crossbars is None and self.max_accuracy_drop is None:
-            return Goal(None, None if self.search_settings.is_uniform else DEFAULT_ACCURACY_DROP)
-        return Goal(self.max_crossbars, self.max_accuracy_drop)
+        """What is asked for, whatever the chip; see `raqu_onnx.goals`."""
+        return goal_of(self)
 
     def given(self, **arguments: object) -> OptimizeConfig:
         """These settings with what was given as arguments instead, so that what is recorded is what was run.
@@ -294,6 +251,7 @@ class OptimizeConfig(BaseModel):
             batch=self.batch or self.workers,
             threads=self.threads,
             task=self.task,
+            metric=self.metric,
             kept_weight_bits=most,
             input_bits=self.input_bits,
         )
@@ -338,10 +296,16 @@ def to_toml(config: OptimizeConfig) -> str:
 def effective_toml(config: OptimizeConfig) -> str:
     """Like `to_toml`, with the defaults that depend on other settings filled in, and a word on those without a value.
 
-    The goal that applies stands among the settings; where widths are fixed and none is given, a comment says so.
+    The goal that applies on the chip stands among the settings; where widths are fixed and none is given, a comment
+    says so.
+
+    Raises:
+        ChipError: The chip cannot be read.
+        ConfigError: It gives no figures for the goal.
     """
-    goal = config.goal
-    filled = config.model_copy(update={"output": default_output(config), "max_accuracy_drop": goal.max_accuracy_drop})
+    goal = goal_on(config, load_chip(config.hw))
+    applied = {"max_accuracy_drop": goal.max_accuracy_drop, "fit_chip": goal.fit_chip or config.fit_chip}
+    filled = config.model_copy(update={"output": default_output(config), **applied})
     unset = {
         "model": "none, an argument of the command",
         "calibration": "synthetic inputs",
@@ -349,7 +313,9 @@ def effective_toml(config: OptimizeConfig) -> str:
         if config.search_settings.is_uniform
         else "half of the calibration data, or synthetic inputs",
         "eval": "none",
-        "max_crossbars": "no limit",
+        **dict.fromkeys(("max_crossbars", "max_latency", "max_energy", "max_average_bits"), "no limit"),
+        "fit_chip": "a chip with counts and no other goal",
+        "objective": f"the {goal.minimized or 'loss'}",
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
         "dask": "none, this machine judges",
@@ -358,6 +324,8 @@ def effective_toml(config: OptimizeConfig) -> str:
         "passes": "the default pipeline",
         "replicate": "one copy of each node",
         "partitions": "all on the chip at once",
+        "choose": "a new search",
+        "earlier": "a new search",
     }
     values = filled.model_dump(mode="json", by_alias=True)
     comments = [f"# {key}: {words}\n" for key, words in unset.items() if values[key] is None]

@@ -9,7 +9,7 @@ from raqu_onnx.hardware import is_builtin_chip
 
 __all__ = ["resolve_paths"]
 
-_KEYS = ("model", "output", "calibration", "selection", "eval")
+_KEYS = ("model", "output", "calibration", "selection", "eval", "earlier")
 
 
 def resolve_paths(values: dict[str, Any], file: str | Path) -> dict[str, Any]:
@@ -30,4 +30,7 @@ def resolve_paths(values: dict[str, Any], file: str | Path) -> dict[str, Any]:
         if not isinstance(value, str) or not value or (key == "hw" and is_builtin_chip(value)):
             continue
         found[key] = str(folder / value)
+    metric = values.get("metric")
+    if isinstance(metric, str) and ".py:" in metric:
+        found["metric"] = str(folder / metric)
     return found

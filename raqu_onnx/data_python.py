@@ -37,6 +37,8 @@ __all__ = [
     "MAX_KEPT_BYTES",
     "CalibrationReader",
     "StreamDataset",
+    "call_user",
+    "load_function",
     "open_function",
     "open_reader",
 ]
@@ -174,15 +176,11 @@ class StreamDataset(Dataset):
         self._first = digest.hexdigest()
 
 
-def open_function(path: Path, function: str, inputs: Sequence[InputSpec]) -> StreamDataset:
-    """Samples from a function in a Python file; the file is run, and the function called for every pass.
-
-    The function takes no arguments and returns an iterable of feeds (a dict of arrays by input name) or of
-    (feeds, labels) pairs; the first dimension of each array counts samples. The digest covers the file's bytes and the
-    function's name.
+def load_function(path: Path, function: str) -> tuple[Callable[..., object], str]:
+    """A function in a Python file, which is run, and a digest of the file's bytes and the function's name.
 
     Raises:
-        DataError: The file or function is missing, raises, or gives what does not fit the model.
+        DataError: The file or function is missing, or the file raises.
     """
     try:
         source = path.read_bytes()
@@ -193,12 +191,40 @@ def open_function(path: Path, function: str, inputs: Sequence[InputSpec]) -> Str
     call = getattr(module, function, None)
     if not callable(call):
         raise DataError(f"{path}: has no function {function!r}; {_offer(module)}")
+    return call, digest
+
+
+def call_user(where: str, path: Path, function: Callable[..., object], *arguments: object) -> object:
+    """What a function of the user's returns.
+
+    Args:
+        where: What errors name.
+        path: The function's file.
+        function: The function.
+        arguments: What it is called with.
+
+    Raises:
+        DataError: It raises; the message says what, and at which line of the file.
+    """
+    with _user_code(where, path):
+        return function(*arguments)
+
+
+def open_function(path: Path, function: str, inputs: Sequence[InputSpec]) -> StreamDataset:
+    """Samples from a function in a Python file; the file is run, and the function called for every pass.
+
+    The function takes no arguments and returns an iterable of feeds (a dict of arrays by input name) or of
+    (feeds, labels) pairs; the first dimension of each array counts samples. The digest covers the file's bytes and the
+    function's name.
+
+    Raises:
+        DataError: The file or function is missing, raises, or gives what does not fit the model.
+    """
+    call, digest = load_function(path, function)
     where = f"{path}:{function}"
 
     def start() -> Iterator[object]:
-        with _user_code(where, path):
-            result = call()
-        return _iterate(where, path, result)
+        return _iterate(where, path, call_user(where, path, call))
 
     return StreamDataset(f"{path.name}:{function}", digest, inputs, start, where=where)
 

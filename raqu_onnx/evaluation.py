@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from raqu_onnx.errors import DataError, ModelError
+from raqu_onnx.metrics import AUTO, Measure, Metric
 from raqu_onnx.scoring import Score, Scorer, Task, are_probabilities, find_class_scores, float_positions
 from raqu_onnx.session_model import SessionModel
 from raqu_onnx.spool import MEMORY_BYTES, Spool
@@ -191,6 +192,7 @@ class Reference:
         dataset: The data; `judge` must be given results on the same batches.
         batch_size: Samples per run.
         task: What the outputs are, see `find_class_scores`.
+        metric: What quality is.
         memory_bytes: Most bytes of outputs kept in memory, the others lie in a temporary file.
 
     Attributes:
@@ -207,15 +209,18 @@ class Reference:
         dataset: Dataset,
         batch_size: int = 64,
         task: Task = "auto",
+        metric: Metric = AUTO,
         *,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
+        self._metric = metric
+        self._names = tuple(output.name for output in session.get_outputs())
         self._spool = Spool(memory_bytes)
         self._picked: list[int] | None = None
         self._index: int | None = None
         self._probabilities = False
         self._where = dataset.name
-        scorer = Scorer(None)
+        scorer, measure = Scorer(None), Measure(metric, (), None, "")
         for batch, values in run_batches(session, dataset, batch_size):
             outputs = [np.atleast_1d(np.asarray(value)) for value in values]
             if self._picked is None:
@@ -223,28 +228,38 @@ class Reference:
                 outputs = [outputs[index] for index in self._picked]
                 self._index = find_class_scores(outputs, batch.size, task, batch.labels)
                 self._probabilities = self._index is not None
-                scorer = Scorer(self._index, where=self._where)
+                scorer, measure = Scorer(self._index, where=self._where), self._measure()
             else:
                 outputs = [outputs[index] for index in self._picked]
             scorer.add(outputs, batch.size, batch.labels, outputs)
+            measure.add(values, batch.size, batch.labels)
             if self._index is not None:
                 self._probabilities = self._probabilities and are_probabilities(outputs[self._index])
             self._spool.append(outputs)
-        self.score = scorer.result()
+        self.score = measure.on(scorer.result())
         self.is_classifier = self._index is not None
 
-    def judge(self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]]) -> Score:
+    def _measure(self) -> Measure:
+        index = None if self._index is None or self._picked is None else self._picked[self._index]
+        return Measure(self._metric, self._names, index, self._where)
+
+    def judge(self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]], *, whole: bool = True) -> Score:
         """Score what another model says on the same batches, or on the first few of them.
 
         Args:
             results: Each batch with the outputs, in the order of the dataset.
+            whole: These are all; of a few nothing but fidelity is asked, and no metric is measured.
 
         Raises:
-            DataError: There are no batches, or they cannot be run.
+            DataError: There are no batches, they cannot be run, or the metric cannot be measured.
         """
+        measure = self._measure()
         scorer = Scorer(self._index, probabilities=self._probabilities, where=self._where)
         # The results first: with no more of them, no batch of the reference is read.
         for (batch, values), expected in zip(results, self._spool, strict=False):
             outputs = [np.atleast_1d(np.asarray(values[index])) for index in self._picked or ()]
             scorer.add(outputs, batch.size, batch.labels, expected)
-        return scorer.result()
+            if whole:
+                measure.add(values, batch.size, batch.labels)
+        found = scorer.result()
+        return measure.on(found) if whole else found

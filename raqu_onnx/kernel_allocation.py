@@ -224,6 +224,10 @@ class KernelAllocator:
             return best
         return self._fill(best, lambda bits: small(bits) and fits(bits), taste)
 
+    def dearest(self, taste: Taste) -> KernelBits:
+        """Bits at a price above any loss: no allocation takes fewer cells, or hardly any."""
+        return self.at_price(self._prices(taste)[1], taste)
+
     def _dearest(
         self, fits: Fits, low: float, high: float, taste: Taste
     ) -> tuple[KernelBits | None, KernelBits | None]:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, JsonValue, ValidationError
 
 from raqu_onnx.errors import ManifestError, OutputError
+from raqu_onnx.front import SearchEntry
 from raqu_onnx.hardware import Chip, Sharing
 from raqu_onnx.manifest_entries import (
     ActivationEntry,
@@ -65,6 +66,7 @@ __all__ = [
     "PlacementEntry",
     "Ratio",
     "SchemaError",
+    "SearchEntry",
     "StageEntry",
     "Tool",
     "Totals",
@@ -108,6 +110,9 @@ class Manifest(Entry):
     )
     unmapped: tuple[UnmappedEntry, ...]
     totals: Totals
+    search: SearchEntry | None = Field(
+        description="the Pareto front of the search that chose the bits, null without one; no backend needs it"
+    )
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.encodings import Encoding
+    from raqu_onnx.front import SearchEntry
     from raqu_onnx.layout import LayoutKind, MappedNode
     from raqu_onnx.manifest_entries import CostEntry, MappedOp
     from raqu_onnx.mapping import UnmappedNode
@@ -83,6 +84,7 @@ class ManifestContext:
         calibration: Data that ranges come from.
         selection: Data that bit-widths were chosen on.
         model_file: File name of the emitted model.
+        search: The front of the search that chose the bits, None without one.
     """
 
     quantized: tuple[QuantizedNode, ...]
@@ -98,6 +100,7 @@ class ManifestContext:
     calibration: DataProvenance | None = None
     selection: DataProvenance | None = None
     model_file: str = field(default="model.onnx")
+    search: SearchEntry | None = None
 
 
 def build_manifest(context: ManifestContext) -> Manifest:
@@ -132,6 +135,7 @@ def build_manifest(context: ManifestContext) -> Manifest:
             UnmappedEntry(name=item.name, op_type=item.op_type, reason=item.reason) for item in context.unmapped
         ),
         totals=_totals(placement, nodes, cost.total),
+        search=context.search,
     )
     return (_with_flips(manifest, context) if placement.chip.flip else manifest).sealed()
 

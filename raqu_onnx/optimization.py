@@ -28,12 +28,15 @@ from raqu_onnx.annotations import (
 )
 from raqu_onnx.config import OptimizeConfig
 from raqu_onnx.cpu import saturating, saturation_warning
+from raqu_onnx.earlier import with_earlier_settings
+from raqu_onnx.emitted_bits import bits_by_node, dropped_by_node, mean_bits
 from raqu_onnx.errors import CheckError, naming_model
 from raqu_onnx.evaluation import Reference, make_session, run_batches
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
 from raqu_onnx.lossless import lossless_in_file
 from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.metrics import parse_metric
 from raqu_onnx.model_cost import Flow, placement_cost
 from raqu_onnx.model_io import load_model, model_digest, save_model
 from raqu_onnx.output import check_output, staged_folder
@@ -121,6 +124,7 @@ def optimize(
         selection=selection,
         evaluation=evaluation,
     )
+    run_settings, earlier = with_earlier_settings(run_settings)
     folder = _path(output or run_settings.output)
     path = model if isinstance(model, str | Path) else None
     with open_journal(folder, run_settings, resume=resume, force=force) as journal:
@@ -133,8 +137,9 @@ def optimize(
             hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
             data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
             digest = None if path is None else model_digest(path, loaded)
+            known = None if earlier is None else earlier.known(run_settings.choose, digest, hardware, data)
             with open_pool(run_settings, staging.parent / "judging") as (run_settings, pool):
-                how = SearchRun(journal, run_settings.timeout, run_settings.cache, pool)
+                how = SearchRun(journal, run_settings.timeout, run_settings.cache, pool, known)
                 resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress, how)
                 return _Run(loaded, run_settings, resources, data).execute(folder)
 
@@ -209,11 +214,12 @@ class _Run:
                 *([f"no copies were made: {why}"] if (why := NO_COPIES.get(model)) else ()),
             ),
             timings=tuple(timings),
-            bits=_bits_by_node(model),
-            dropped=_dropped_by_node(model),
+            bits=bits_by_node(model),
+            dropped=dropped_by_node(model),
             data=self.data.summary(),
             method=self.settings.method,
             lossless_adc_bits=lossless_in_file(staging / MANIFEST_FILE, map(QUANTIZED.get, model.graph)),
+            picked=self.resources.search_run.known is not None,
             kept=tuple((node.name or "", pattern) for node in model.graph if (pattern := KEPT.get(node)) is not None),
             unwritten=in_memory(staging / MODEL_FILE) if folder is None else None,
         )
@@ -241,7 +247,7 @@ class _Run:
         ]  # fmt: skip
         rows += _baseline_rows(found, judge, quantizer, self.resources.chip, _flow(model, quantizer))
         levels = judge.levels(self.resources.folder / MODEL_FILE)
-        weights, activations = _mean_bits(model)
+        weights, activations = mean_bits(model)
         rows += [
             Figures(
                 label,
@@ -273,7 +279,8 @@ class _Judge:
         self.reference_score: Score | None = None
         if self._dataset is not None:
             session = make_session(session_model(float_model), threads=run.settings.threads)
-            self._reference = Reference(session, self._dataset, run.settings.batch_size, run.settings.task)
+            metric = parse_metric(run.settings.metric)
+            self._reference = Reference(session, self._dataset, run.settings.batch_size, run.settings.task, metric)
             self.reference_score = self._reference.score
 
     def uniform(self, baseline: UniformBaseline) -> Score | None:
@@ -367,29 +374,3 @@ def _baseline_rows(
                 )
             )
     return rows
-
-
-def _dropped_by_node(model: ir.Model) -> dict[str, int]:
-    """Kernels with 0 bits, of the nodes that have any."""
-    found = {item.node.name: item for node in model.graph if (item := QUANTIZED.get(node)) is not None}
-    counts = {name: int(np.count_nonzero(item.matrix().bits == 0)) for name, item in found.items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _bits_by_node(model: ir.Model) -> dict[str, tuple[float, int | None]]:
-    found: dict[str, tuple[float, int | None]] = {}
-    for node in model.graph:
-        quantized = QUANTIZED.get(node)
-        if quantized is not None:
-            activation = None if quantized.activation is None else quantized.activation.bits
-            found[quantized.node.name] = (float(quantized.bits.mean()), activation)
-    return found
-
-
-def _mean_bits(model: ir.Model) -> tuple[float, float | None]:
-    """Mean bits per weight, and mean bits of the inputs of mapped nodes."""
-    quantized = [QUANTIZED.require(node) for node in mapped_nodes(model)]
-    sizes = [item.matrix() for item in quantized]
-    weights = sum(matrix.weight_bits for matrix in sizes) / sum(matrix.rows * matrix.bits.size for matrix in sizes)
-    activations = [item.activation.bits for item in quantized if item.activation is not None]
-    return weights, sum(activations) / len(activations) if activations else None

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
+from raqu_onnx.goals import goal_on
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.memory import release_freed
 from raqu_onnx.partitioning import require_parts
@@ -54,11 +55,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Samples of the selection data that the emitted model is run on at both optimization levels.
+# Selection samples that the emitted model is run on at both optimization levels.
 _CHECKED_SAMPLES = 16
 
 #: Settings that change no byte of the result, unless the time runs out.
-UNRECORDED = ("output", "threads", "workers", "dask", "timeout", "cache")
+UNRECORDED = ("output", "threads", "workers", "dask", "timeout", "cache", "choose", "earlier")
 
 #: Names of the default pipeline's passes, in order.
 DEFAULT_PIPELINE = (
@@ -115,7 +116,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # Constants folded, BatchNormalization gone, every node named, shapes known.
         TidyPass(exclude=config.exclude),
         # Which nodes crossbars compute, why others stay in float, and which keep 8 bits.
-        AnnotateTilingPass(exclude=config.exclude, keep=config.keep, input_bits=config.input_bits),
+        AnnotateTilingPass(exclude=config.exclude, keep=config.keep, input_bits=config.input_bits[0]),
         # Channels scaled so that they use the codes of their activations equally.
         *([_equalize(config, resources)] if config.equalize else []),
         # Ranges and second moments of the inputs of those nodes.
@@ -130,7 +131,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         SearchBitsPass(
             chip,
             resources.selection,
-            config.goal,
+            goal_on(config, chip),
             config.search_settings,
             weight_method=config.weight_method,
             activation_range=config.activation_range,
@@ -151,7 +152,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
             fit_without=frozenset(config.fit_without),
             threads=config.threads,
             kept_weight_bits=config.search_settings.kept_weight_bits,
-            input_bits=config.input_bits,
+            input_bits=config.input_bits[1],
         ),
         # The integers written into the graph.
         InsertQDQPass(),

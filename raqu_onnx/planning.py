@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raqu_onnx.annotations import KEPT, MAPPED, mapped_nodes, unmapped_nodes
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.errors import naming_model
+from raqu_onnx.goals import goal_on
 from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
 from raqu_onnx.model_io import load_model
@@ -53,7 +54,7 @@ def plan(
         data = open_run_data(loaded, config)
         passes = build_pipeline(config, Resources(chip, data.calibration, data.selection, Path()))
         tidied = TidyPass(exclude=config.exclude)(loaded).model
-        AnnotateTilingPass(config.exclude, config.keep, config.input_bits)(tidied)
+        AnnotateTilingPass(config.exclude, config.keep, config.input_bits[0])(tidied)
     kept = _kept(tidied)
     room = _room(tidied, chip if config.partitions is None else without_counts(chip), config, kept)
     nodes = mapped_nodes(tidied)
@@ -69,7 +70,7 @@ def plan(
         "evaluation": "none" if data.evaluation is None else describe(data.evaluation),
         "widths": _widths(config, [nodes[position].name or "" for position in sorted(kept)]),
         "method": " ".join(config.method) or "the default",
-        "goal": describe_goal(config.goal, fixed=config.search_settings.is_uniform),
+        "goal": describe_goal(goal_on(config, chip), fixed=config.search_settings.is_uniform),
         "passes": [str(getattr(item, "name", item)) for item in passes],
         "warnings": list(data.warnings),
     }
@@ -106,7 +107,7 @@ def _room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: frozenset[i
     short = shortage(chip, placed.crossbars_by_type)
     over = not fits or placed.crossbars > (config.max_crossbars or placed.crossbars)
     if not settings.drops:
-        check_room(chip, config.goal, settings, need=placed.crossbars, fits=fits, short=short)
+        check_room(chip, goal_on(config, chip), settings, need=placed.crossbars, fits=fits, short=short)
     taken = "1 crossbar" if placed.crossbars == 1 else f"{placed.crossbars} crossbars"
     text = f"{settings.weight_bits[0]} bits for every kernel take {taken}"
     # How many kernels can go is known only when their losses are.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raqu_onnx.front import FrontReport, GoalReport, ScoreReport
 from raqu_onnx.manifest_entries import CostEntry
 from raqu_onnx.placement_problem import ExactOutcome
 
@@ -36,31 +37,6 @@ VERSION = 1
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GoalReport(_Part):
-    """What was asked for."""
-
-    max_crossbars: int | None = Field(description="most crossbars that may be used")
-    max_accuracy_drop: float | None = Field(
-        description="most points (hundredths) below float: of top-1 accuracy; without labels of agreement with float; "
-        "without class scores of noise power over signal power"
-    )
-
-
-class ScoreReport(_Part):
-    """How good a model is on a dataset."""
-
-    samples: int = Field(description="samples scored")
-    top1: float | None = Field(description="share of samples whose largest output is the label, null without labels")
-    agreement: float | None = Field(description="share of samples whose largest output is the float model's")
-    kl: float | None = Field(
-        description="mean KL divergence from the float model's class probabilities to this model's, in nats, from 0; "
-        "null where it is infinite or there are no class scores"
-    )
-    sqnr_db: float | None = Field(
-        description="power of the float model's outputs over power of the difference, in dB; null where it is infinite"
-    )
 
 
 class DataReport(_Part):
@@ -99,19 +75,6 @@ class WidthsReport(_Part):
     activation: int | None = Field(description="bits of its input, null where that stays in float")
 
 
-class FrontReport(_Part):
-    """A candidate that no other beats in both crossbars and loss."""
-
-    crossbars: int
-    loss: float | None = Field(
-        description="what the search minimizes: top-1 error where there are labels, plus KL (or noise over signal)"
-    )
-    score: ScoreReport = Field(description="on the selection data")
-    weights: list[float] = Field(description="mean weight bits per kernel, in the order of `nodes`")
-    activations: list[int] | None = Field(description="activation bits, in the same order")
-    origin: str = Field(description="what proposed it")
-
-
 class EvaluationReport(_Part):
     """A candidate that was judged on the whole selection data."""
 
@@ -129,6 +92,8 @@ class UniformReport(_Part):
     activation_bits: int | None = Field(description="null for float")
     unpacked: int = Field(description="crossbars with one node in each, whatever the chip has")
     packed: int = Field(description="crossbars packed as the chip allows, whatever it has")
+    widths: list[str] = Field(description="weight bits by node, as in `front`")
+    activations: list[int] | None = Field(description="activation bits by node, null for float")
     loss: float | None = Field(description="as in `front`")
     score: ScoreReport = Field(description="on the selection data")
 
@@ -177,8 +142,9 @@ class Report(_Part):
     schema_version: Literal[1] = Field(description="changes when a key changes its meaning")
     goal: GoalReport | None = Field(description="null where widths are fixed and nothing was asked for")
     goal_met: bool | None = Field(description="whether the goal is met on the selection data, null without one")
-    metric: Literal["top-1", "agreement", "1 - noise/signal"] | None = Field(
-        description="what points are counted in on the selection data, null without a search"
+    metric: str | None = Field(
+        description="`top-1`, `agreement`, `1 - noise/signal` or the metric that was named: what points are counted in "
+        "on the selection data, null without a search"
     )
     data: dict[Literal["calibration", "selection", "evaluation"], DataReport | None] = Field(
         description="what ranges were measured on, widths were chosen on, and the result is reported on"
@@ -210,8 +176,12 @@ class Report(_Part):
         description="cycles of one inference by mapped node, null where its MVMs or input bits are unknown"
     )
     front: list[FrontReport] = Field(description="by rising crossbars")
+    chosen: int | None = Field(None, description="`k` of the point of the front that was written")
     evaluations: list[EvaluationReport] = Field([], description="every candidate, in the order in which it was judged")
     uniform: list[UniformReport] = Field([], description="one width for the whole model, by falling width")
+    best_uniform: int | None = Field(
+        None, description="width of the one of `uniform` that serves the same goal best, null where none does"
+    )
     sensitivity: dict[str, SensitivityReport] = Field({}, description="by mapped node, empty without a search")
     lossless_adc_bits: dict[str, int] = Field(
         {},

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.errors import ModelError
 from raqu_onnx.json_values import finite
+from raqu_onnx.points import baseline_values, front_values
 from raqu_onnx.report import VERSION, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    import numpy as np
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from raqu_onnx.manifest_entries import CostEntry, PartitionEntry
     from raqu_onnx.pipeline import PassTiming
     from raqu_onnx.placement_problem import ExactOutcome
-    from raqu_onnx.search import Evaluation, Goal, SearchResult
+    from raqu_onnx.search import Goal, SearchResult
     from raqu_onnx.search.sensitivity import Sensitivity
     from raqu_onnx.validation import ValidationReport
+
+_MINIMIZED = {
+    "crossbars": "fewest crossbars",
+    "latency": "least latency",
+    "energy": "least energy",
+    "edp": "least energy times latency",
+}
 
 __all__ = ["DataSummary", "Figures", "OptimizeResult", "describe_goal", "in_memory"]
 
@@ -105,6 +112,7 @@ class OptimizeResult:
         method: Settings of the method that were not the default, as options of the command line.
         unwritten: The emitted model where no folder was given and it fits into a message; see `model` and `proto`.
         lossless_adc_bits: Fewest bits of an ADC that clips with no input, by node.
+        picked: The point was named by the user, whatever the goal of the search was.
     """
 
     output: Path | None
@@ -127,6 +135,7 @@ class OptimizeResult:
     data: Mapping[str, DataSummary | None] = field(default_factory=dict)
     method: tuple[str, ...] = ()
     unwritten: onnx.ModelProto | None = None
+    picked: bool = False
 
     @property
     def proto(self) -> onnx.ModelProto:
@@ -168,9 +177,9 @@ class OptimizeResult:
 
     @property
     def exit_code(self) -> int:
-        """1 when a goal is missed or a check failed, else 0."""
+        """1 when a goal is missed or a check failed, else 0; a point that the user named cannot miss a goal."""
         checked = self.validation is None or self.validation.passed
-        return 0 if self.goal_met is not False and checked else 1
+        return 0 if (self.picked or self.goal_met is not False) and checked else 1
 
     @property
     def report(self) -> Report:
@@ -193,7 +202,7 @@ class OptimizeResult:
             "replicas": dict(self.replicas),
             "partitions": [item.model_dump() for item in self.partitions],
             "cycles": dict(self.cycles),
-            "front": [] if search is None else [_front_json(item) for item in search.front],
+            "front": [] if search is None else front_values(search.front),
             **({} if search is None else _search_json(search)),
             "lossless_adc_bits": dict(self.lossless_adc_bits),
             "kept": [{"name": name, "pattern": pattern} for name, pattern in self.kept],
@@ -233,14 +242,32 @@ def describe_goal(goal: Goal, *, fixed: bool = False, metric: str = "") -> str:
     """
     if not goal:
         return "none: the widths are fixed"
-    reference = f"float's {metric}" if metric else "float"
-    drop = goal.max_accuracy_drop
-    within = "" if drop is None else f"within {drop:g} {'point' if drop == 1 else 'points'} of {reference}"
+    limits = list(_limits(goal, metric))
+    within = f"within {' and '.join(limits)}" if limits else ""
+    if fixed:
+        return within
+    what = "least loss" if goal.minimized is None else _MINIMIZED[goal.minimized]
+    return f"{what} {within}".strip()
+
+
+def _limits(goal: Goal, metric: str) -> Iterator[str]:
+    """The limits of a goal, each in a few words."""
+    if goal.fit_chip:
+        yield "the chip's crossbars"
     if goal.max_crossbars is not None:
-        crossbars = "1 crossbar" if goal.max_crossbars == 1 else f"{goal.max_crossbars} crossbars"
-        most = f"within {crossbars}" + (f", {within}" if within else "")
-        return most if fixed else f"least loss {most}"
-    return within if fixed else f"fewest crossbars {within}"
+        yield "1 crossbar" if goal.max_crossbars == 1 else f"{goal.max_crossbars} crossbars"
+    if goal.max_latency_ns is not None:
+        yield f"{goal.max_latency_ns:g} ns"
+    if goal.max_latency_cycles is not None:
+        yield f"{goal.max_latency_cycles} cycles"
+    if goal.max_energy_pj is not None:
+        yield f"{goal.max_energy_pj:g} pJ"
+    if goal.max_average_bits is not None:
+        yield f"{goal.max_average_bits:g} bits per weight"
+    if goal.max_accuracy_drop is not None:
+        drop = goal.max_accuracy_drop
+        reference = f"float's {metric}" if metric else "float"
+        yield f"{drop:g} {'point' if drop == 1 else 'points'} of {reference}"
 
 
 def _figures_json(item: Figures) -> dict[str, Any]:
@@ -248,17 +275,6 @@ def _figures_json(item: Figures) -> dict[str, Any]:
     return {
         **{key: value for key, value in vars(item).items() if key not in scores},
         **{key: None if value is None else vars(value) for key, value in scores.items()},
-    }
-
-
-def _front_json(item: Evaluation) -> dict[str, Any]:
-    return {
-        "crossbars": item.crossbars,
-        "loss": item.score.loss,
-        "score": vars(item.score),
-        "weights": [float(np.mean(width)) for width in item.bits.weights],
-        "activations": None if item.bits.activations is None else list(item.bits.activations),
-        "origin": item.origin,
     }
 
 
@@ -275,17 +291,9 @@ def _search_json(search: SearchResult) -> dict[str, Any]:
             }
             for item in search.evaluations
         ],
-        "uniform": [
-            {
-                "weight_bits": item.weight_bits,
-                "activation_bits": item.activation_bits,
-                "unpacked": item.exclusive_crossbars,
-                "packed": item.packed_crossbars,
-                "loss": item.score.loss,
-                "score": vars(item.score),
-            }
-            for item in search.baselines
-        ],
+        "chosen": search.chosen_number,
+        "uniform": [baseline_values(item) for item in search.baselines],
+        "best_uniform": None if search.best_uniform is None else search.best_uniform.weight_bits,
         "sensitivity": {} if search.sensitivity is None else _sensitivity_json(search, search.sensitivity),
     }
 

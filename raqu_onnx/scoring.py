@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Score", "Scorer", "Task", "are_probabilities", "find_class_scores", "float_positions"]
+__all__ = ["KL", "NOISE", "Score", "Scorer", "Task", "are_probabilities", "find_class_scores", "float_positions"]
 
 Task = Literal["auto", "classification", "regression"]
 """What the outputs are: class scores, or values of which every one counts; `auto` looks at their shapes."""
@@ -31,8 +31,12 @@ Task = Literal["auto", "classification", "regression"]
 _PIECE = 1 << 20
 
 
-# Of the top-1 error in what the search minimizes.
-_TOP1_WEIGHT = 0.1
+#: Names of metrics that are fidelities themselves.
+KL = "KL"
+NOISE = "1 - noise/signal"
+
+# Of what quality lacks to 1 in what the search minimizes.
+_QUALITY_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Score:
         agreement: Share of samples whose largest output is the reference's, None without class scores.
         kl: Mean KL divergence from the reference's softmax to the model's, in nats, None without class scores.
         sqnr_db: Power of the reference over power of the difference, in dB, over all float outputs.
+        measured: Name of the metric that was asked for, None for none.
+        value: Its value, the higher the better: for `KL` its negative.
     """
 
     samples: int
@@ -52,37 +58,48 @@ class Score:
     agreement: float | None = None
     kl: float | None = None
     sqnr_db: float | None = None
+    measured: str | None = None
+    value: float | None = None
 
     @property
     def loss(self) -> float:
-        """What the search minimizes: KL divergence (or noise), plus a tenth of the top-1 error where there are labels.
+        """What the search minimizes: KL divergence (or noise), plus a tenth of what quality lacks to 1.
 
-        Candidates within one budget differ by less than the luck of a few thousand samples moves top-1; the KL
-        divergence tells them apart. A whole point of accuracy still counts.
+        Quality counts where it is top-1 with labels, or a metric that the user named. Candidates within one budget
+        differ by less than the luck of a few thousand samples moves top-1; the KL divergence tells them apart. A whole
+        point of accuracy still counts.
         """
-        if self.kl is not None:
-            fidelity = self.kl
-        elif self.sqnr_db is not None:
-            fidelity = 10 ** (-self.sqnr_db / 10)
-        else:
-            fidelity = 0.0
-        return fidelity + (0.0 if self.top1 is None else _TOP1_WEIGHT * (1.0 - self.top1))
+        counted = self.top1 if self.measured is None else None if self.measured in (KL, NOISE) else self.value
+        return self.fidelity + (0.0 if counted is None else _QUALITY_WEIGHT * (1.0 - counted))
 
     @property
-    def quality(self) -> float:
-        """Share of right answers: top-1 with labels, else agreement with the float model, else 1 - noise / signal."""
-        if self.top1 is not None:
-            return self.top1
-        if self.agreement is not None:
-            return self.agreement
+    def fidelity(self) -> float:
+        """KL divergence from the float model; noise over signal without class scores, or where that is measured."""
+        if self.kl is not None and self.measured != NOISE:
+            return self.kl
+        return 0.0 if self.sqnr_db is None else 10 ** (-self.sqnr_db / 10)
+
+    @property
+    def likeness(self) -> float:
+        """1 - noise over signal, from 0."""
         return 1.0 - min(1.0, 10 ** (-(self.sqnr_db or 0.0) / 10))
 
     @property
-    def metric(self) -> Literal["top-1", "agreement", "1 - noise/signal"]:
-        """What `quality` says: `top-1`, `agreement` (with the float model) or `1 - noise/signal`."""
+    def quality(self) -> float:
+        """What was measured; else top-1 with labels, else agreement with the float model, else 1 - noise / signal."""
+        for value in (self.value, self.top1, self.agreement):
+            if value is not None:
+                return value
+        return self.likeness
+
+    @property
+    def metric(self) -> str:
+        """What `quality` says: `top-1`, `agreement` (with the float model), `1 - noise/signal`, or what was named."""
+        if self.measured is not None:
+            return self.measured
         if self.top1 is not None:
             return "top-1"
-        return "agreement" if self.agreement is not None else "1 - noise/signal"
+        return "agreement" if self.agreement is not None else NOISE
 
 
 def float_positions(outputs: Sequence[NDArray[Any]]) -> list[int]:

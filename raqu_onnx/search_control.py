@@ -50,7 +50,9 @@ def open_journal(
 
 
 def _searches(settings: OptimizeConfig) -> bool:
-    return not settings.search_settings.is_uniform and SearchBitsPass.name in pass_names(settings)
+    if settings.choose is not None or settings.search_settings.is_uniform:
+        return False
+    return SearchBitsPass.name in pass_names(settings)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raqu_onnx.config import (
-    DEFAULT_ACCURACY_DROP,
     OptimizeConfig,
     effective_toml,
     load_config,
@@ -19,6 +18,7 @@ from raqu_onnx.config import (
     to_toml,
 )
 from raqu_onnx.errors import ConfigError
+from raqu_onnx.goals import DEFAULT_ACCURACY_DROP
 from raqu_onnx.search import SearchSettings
 
 

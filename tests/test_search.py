@@ -18,6 +18,7 @@ from raqu_onnx.native_output import no_native_output
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search import Bits, Evaluation, Goal, SearchSettings, pareto_front, points_below, search
 from raqu_onnx.search.allocation import cheapest_loss, fit_to_budget, solve_integer_program, useful_widths
+from raqu_onnx.search.budget import Budget, Cost
 from raqu_onnx.search.run import Clock
 from raqu_onnx.search.sensitivity import measure_sensitivity
 
@@ -30,16 +31,19 @@ class FakeProblem:
     def __init__(self, sizes: list[int], sensitivities: list[float], **options: Any) -> None:
         # Widths of whole nodes; those of kernels need a real model.
         self.settings = SearchSettings(group=None, **options)
-        self.nodes = [SimpleNamespace(name=f"n{i}", mvms=1) for i in range(len(sizes))]
+        self.nodes = [SimpleNamespace(name=f"n{i}", mvms=1, weights=sizes[i]) for i in range(len(sizes))]
         self.names = tuple(node.name for node in self.nodes)
         kind = SimpleNamespace(rows=8, cols=8, count=None)
-        self.chip = SimpleNamespace(name="fake", sharing="time", crossbars=(kind,))
+        self.chip = SimpleNamespace(
+            name="fake", sharing="time", crossbars=(kind,), dac_bits=1, cycle_ns=10.0, column_turn_ns=None
+        )
         self.sizes = sizes
         self.sensitivities = sensitivities
         self.reference = Score(1000, top1=1.0, agreement=1.0, kl=0.0)
         self.evaluations: list[Evaluation] = []
         self.scored: list[Bits] = []
         self.clock = Clock()
+        self.in_parts = None
         self.cell_cost = np.full((len(sizes), 9), np.inf)
         for node, size in enumerate(sizes):
             for bits in range(self.settings.weight_bits[0], 9):
@@ -55,6 +59,21 @@ class FakeProblem:
     def crossbars(self, weights: tuple[int, ...]) -> int | None:
         cells = sum(size * -(-bits // 2) for size, bits in zip(self.sizes, weights, strict=True))
         return -(-cells // CELLS_PER_CROSSBAR)
+
+    def measure(self, bits: Bits) -> Cost:
+        """Ten cycles an input slice and node; energy of every cell and slice."""
+        slices = bits.activations or (8,) * len(self.sizes)
+        columns = [size * -(-width // 2) for size, width in zip(self.sizes, bits.weights, strict=True)]
+        cycles = 10 * sum(slices)
+        mean = sum(s * w for s, w in zip(self.sizes, bits.weights, strict=True)) / sum(self.sizes)
+        energy = float(sum(c * s for c, s in zip(columns, slices, strict=True)))
+        return Cost(self.crossbars(bits.weights) or 0, mean, cycles, 10.0 * cycles, energy)
+
+    def costs_of_nodes(self, bits: Bits) -> Any:
+        slices = bits.activations or (8,) * len(self.sizes)
+        columns = [size * -(-width // 2) for size, width in zip(self.sizes, bits.weights, strict=True)]
+        energy = {n: float(c * s) for n, c, s in zip(self.names, columns, slices, strict=True)}
+        return SimpleNamespace(cycles={n: 10 * s for n, s in zip(self.names, slices, strict=True)}, energy_pj=energy)
 
     def packed_crossbars(self, weights: tuple[int, ...]) -> int:
         return self.crossbars(weights) or 0
@@ -91,7 +110,7 @@ class FakeProblem:
         return [self.evaluate(bits, origin) for bits in candidates]
 
     def evaluate(self, bits: Bits, origin: str) -> Evaluation:
-        found = Evaluation(bits, self.crossbars(bits.weights) or 0, self.score(bits), origin)
+        found = Evaluation(bits, self.crossbars(bits.weights) or 0, self.score(bits), origin, self.measure(bits))
         if bits not in self.scored:
             self.scored.append(bits)
             self.evaluations.append(found)
@@ -134,7 +153,7 @@ def test_an_impossible_width_is_never_chosen() -> None:
 def test_repair_fits_the_budget_and_leaves_no_room(widths: list[int], crossbars: int) -> None:
     fake = problem()
     loss = np.array([[s * 4.0**-b for b in range(9)] for s in fake.sensitivities])
-    found = fit_to_budget(fake, tuple(widths), loss, crossbars)  # type: ignore[arg-type]
+    found = fit_to_budget(fake, tuple(widths), loss, Budget(crossbars))  # type: ignore[arg-type]
     if found is None:
         assert (fake.crossbars((2,) * 6) or 0) > crossbars
         return
@@ -148,7 +167,7 @@ def test_the_integer_program_fits_real_crossbars() -> None:
     fake = problem()
     table = measure_sensitivity(fake).weights  # type: ignore[arg-type]
     for crossbars in (13, 20, 30):
-        found = solve_integer_program(fake, table, crossbars)  # type: ignore[arg-type]
+        found = solve_integer_program(fake, table, Budget(crossbars))  # type: ignore[arg-type]
         assert found is not None
         assert (fake.crossbars(found) or 99) <= crossbars
 
@@ -253,9 +272,9 @@ def test_bits_that_cells_hold_anyway_are_used() -> None:
     fake = problem()
     loss = np.array([[s * 4.0**-b for b in range(9)] for s in fake.sensitivities])
     assert useful_widths(fake) == [[2, 4, 6, 8]] * 6  # type: ignore[arg-type]
-    found = fit_to_budget(fake, (3, 5, 7, 2, 3, 3), loss, 99)  # type: ignore[arg-type]
+    found = fit_to_budget(fake, (3, 5, 7, 2, 3, 3), loss, Budget(99))  # type: ignore[arg-type]
     assert found == (8,) * 6
-    tight = fit_to_budget(fake, (3, 3, 3, 3, 3, 3), loss, 15)  # type: ignore[arg-type]
+    tight = fit_to_budget(fake, (3, 3, 3, 3, 3, 3), loss, Budget(15))  # type: ignore[arg-type]
     assert tight is not None
     assert set(tight) <= {2, 4, 6, 8}
 
@@ -313,7 +332,7 @@ def test_the_integer_program_is_exact_with_kept_nodes() -> None:
     fake = problem(weight_bits=(2, 4), kept=frozenset({3}))
     table = measure_sensitivity(fake).weights  # type: ignore[arg-type]
     for crossbars in (28, 32, 99):
-        found = solve_integer_program(fake, table, crossbars)  # type: ignore[arg-type]
+        found = solve_integer_program(fake, table, Budget(crossbars))  # type: ignore[arg-type]
         assert found is not None
         assert found[3] == 8
         assert (fake.crossbars(found) or 999) <= crossbars

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from raqu_onnx.cli.data_options import add_data, picture_settings
+from raqu_onnx.cli.goal_options import add_earlier, add_limits, add_metric
 from raqu_onnx.cli.options import add_common, add_exclude, start_logging
 from raqu_onnx.cli.printing import counted, print_json, printable, result_is_complete
 
@@ -60,6 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE.toml",
         help="settings; paths in it are relative to its folder; options given here win (default: none)",
     )
+    add_earlier(parser)
     parser.add_argument("--show-config", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     parser.add_argument("--force", action="store_true", help="replace the files of an earlier run in the folder")
@@ -93,6 +95,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "agreement with float; without class scores of noise power over signal power, all outputs together, where 0.5 "
         "is an SQNR of 23 dB (default: 0.5)",
     )
+    add_limits(group)
     group.add_argument(
         "--replicate",
         metavar="N|chip",
@@ -113,6 +116,7 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
         "regression judges all float outputs by their noise; auto: classification where there is exactly one such "
         "output (default: auto)",
     )
+    add_metric(group)
     group.add_argument(
         "--weight-bits", metavar="N|N-M", help="width of weights in bits, 2 to 8; a range is searched (default: 2-8)"
     )
@@ -130,10 +134,9 @@ def _add_goal(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--input-bits",
-        type=int,
-        metavar="N",
-        help="width in bits of the model's own inputs, such as pictures, whatever the other activations get "
-        "(default: 8)",
+        metavar="N|N-M",
+        help="width in bits of the model's own inputs, such as pictures, whatever the other activations get; a range "
+        "is searched (default: 8)",
     )
     add_exclude(group)
     group.add_argument(
@@ -278,10 +281,11 @@ def _add_pipeline(group: argparse._ArgumentGroup) -> None:
 
 _SETTINGS = (
     "model", "output", "hw", "calibration", "selection", "eval", "calibration_samples", "fit_samples", "max_crossbars",
-    "max_accuracy_drop", "replicate", "partitions", "task", "weight_bits", "reduce_range", "activation_bits",
-    "input_bits", "exclude", "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations",
-    "sensitivity_samples", "batch_size", "seed", "threads", "workers", "dask", "batch", "timeout", "cache",
-    "passes", "skip", "dump_after", "placement", "cells",
+    "max_accuracy_drop", "max_latency", "max_energy", "max_average_bits", "fit_chip", "objective", "replicate",
+    "partitions", "task", "metric", "weight_bits", "reduce_range", "activation_bits", "input_bits", "exclude",
+    "granularity", "drop", "weight_method", "equalize", "activation_range", "evaluations", "sensitivity_samples",
+    "batch_size", "seed", "threads", "workers", "dask", "batch", "timeout", "cache", "passes", "skip", "dump_after",
+    "placement", "cells", "choose", "earlier",
 )  # fmt: skip
 
 
@@ -298,10 +302,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     from raqu_onnx.config import default_output, effective_toml, load_config
+    from raqu_onnx.earlier import with_earlier_settings
     from raqu_onnx.errors import ConfigError
 
     start_logging(args)
-    config = load_config(args.config, _overrides(args))
+    config, _ = with_earlier_settings(load_config(args.config, _overrides(args)))
     if args.show_config:
         print(effective_toml(config), end="")
         return 0

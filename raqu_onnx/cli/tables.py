@@ -6,9 +6,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from raqu_onnx.cli.costs import bits_column, bound_text, number, print_costs, print_partitions
+from raqu_onnx.cli.front import print_front
 from raqu_onnx.cli.printing import console, counted, print_table
 from raqu_onnx.report_files import HTML_FILE
 from raqu_onnx.results import describe_goal
+from raqu_onnx.scoring import KL, NOISE
 from raqu_onnx.shortage import shortage
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.inspection import Inspection
     from raqu_onnx.results import DataSummary, Figures, OptimizeResult
+    from raqu_onnx.search import SearchResult
 
 __all__ = ["MATRIX_LEGEND", "SHARING_LEGEND", "print_inspection", "print_result", "print_timings"]
 
@@ -26,11 +29,10 @@ SHARING_LEGEND = {
     "diagonal": "diagonal sharing: nodes share a crossbar where neither rows nor columns are in common",
     "time": "time sharing: nodes share a crossbar; those that share rows or columns take turns",
 }
-_NOISE = "1 - noise/signal"
 _METRICS = {
     "top-1": "samples whose largest output is the label",
     "agreement": "samples whose largest output is the float model's, which is fidelity and no accuracy",
-    _NOISE: "power of the float model's outputs over power of the difference to them, in dB, which is no accuracy",
+    NOISE: "power of the float model's outputs over power of the difference to them, in dB, which is no accuracy",
 }
 _POINTS_LEGEND = (
     "points: hundredths of 1 - noise/signal, the noise being the difference's power; 20 dB are 1 below float"
@@ -79,7 +81,7 @@ def _print_figures(result: OptimizeResult) -> None:
     judged = any(item.evaluation is not None for item in result.figures)
     scores = [item.evaluation if judged else item.selection for item in result.figures]
     metric = next((score.metric for score in scores if score is not None), "quality")
-    headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == _NOISE else metric, "KL")
+    headers = ("", "W", "A", "crossbars", "cells", "bits", "SQNR" if metric == NOISE else metric, "KL")
     columns = [
         [item.label for item in result.figures],
         bits_column([item.weight_bits for item in result.figures]),
@@ -92,6 +94,8 @@ def _print_figures(result: OptimizeResult) -> None:
         out.print(line)
     print_costs([(item.label, item.cost) for item in result.figures if item.cost is not None])
     print_partitions(result.partitions)
+    if result.search is not None:
+        print_front(result.search)
     for line in ("", *_goal_lines(result), *_summary(result, metric)):
         out.print(line)
 
@@ -100,9 +104,11 @@ def _legend(result: OptimizeResult, metric: str, *, judged: bool) -> Iterator[st
     yield "W, A: mean bits of weights and activations; cells, bits: share of the crossbars in use"
     yield "unpacked: one node per crossbar; packed: as the chip shares crossbars"
     if metric in _METRICS:
-        name = "SQNR" if metric == _NOISE else metric
+        name = "SQNR" if metric == NOISE else metric
         yield f"{name}: {_METRICS[metric]}{_judged_on(result, judged=judged)}"
-        yield _POINTS_LEGEND if metric == _NOISE else _KL_LEGEND
+        yield _POINTS_LEGEND if metric == NOISE else _KL_LEGEND
+    elif metric != KL:
+        yield f"{metric}: the higher the better, points are hundredths of it{_judged_on(result, judged=judged)}"
 
 
 def _judged_on(result: OptimizeResult, *, judged: bool) -> str:
@@ -144,9 +150,12 @@ def _figure_cells(item: Figures, score: Score | None) -> list[str]:
 
 def _quality(score: Score) -> str:
     """How good a model is: accuracy or agreement in percent, else the noise in dB."""
-    if score.metric != _NOISE:
-        return f"{score.quality:.2%}"
-    return "-" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
+    if score.metric == NOISE:
+        return "-" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
+    if score.metric == KL:
+        return f"{-score.quality:.4f} nats"
+    is_share = score.metric in _METRICS or score.metric.startswith("top-")
+    return f"{score.quality:.2%}" if is_share else f"{score.quality:.5g}"
 
 
 def _goal_lines(result: OptimizeResult) -> Iterator[str]:
@@ -162,11 +171,41 @@ def _goal_lines(result: OptimizeResult) -> Iterator[str]:
     drop = 100 * (reference.quality - score.quality)
     side = "below" if drop >= 0 else "above"
     yield (
-        f"reached: {counted(search.chosen.crossbars, 'crossbar')}, {abs(drop):.2f} points {side} float "
-        f"({reference.quality:.2%} -> {score.quality:.2%} {score.metric}"
+        f"reached: {', '.join(_reached(search))}, {abs(drop):.2f} points {side} float "
+        f"({_quality(reference)} -> {_quality(score)} {score.metric}"
         f"{'' if data is None else f' on {_named(data)}, the {role} data'})"
     )
     yield f"the goal is {'met' if search.goal_met else 'NOT met'}"
+    yield from _overfitting(result)
+
+
+def _overfitting(result: OptimizeResult) -> Iterator[str]:
+    """What the result loses on data that the search has not seen, beside what it loses on those that it chose by."""
+    first, ours = result.figures[0], result.figures[-1]
+    if _is_fixed(result) or not (first.selection and first.evaluation and ours.selection and ours.evaluation):
+        return
+    drops = [
+        100 * (reference.quality - score.quality)
+        for reference, score in ((first.selection, ours.selection), (first.evaluation, ours.evaluation))
+    ]
+    yield (
+        f"points below float: {drops[0]:.2f} on the selection data, {drops[1]:.2f} on the evaluation data, which the "
+        "search has not seen"
+    )
+
+
+def _reached(search: SearchResult) -> Iterator[str]:
+    """What the result costs, in the terms of the goal."""
+    cost, goal = search.chosen.cost, search.goal
+    yield counted(search.chosen.crossbars, "crossbar")
+    if cost is None:
+        return
+    if goal.max_average_bits is not None:
+        yield f"{cost.average_bits:.3g} bits per weight"
+    if goal.speaks_of & {"latency", "edp"} and cost.latency_cycles is not None:
+        yield f"{cost.latency_cycles} cycles" + ("" if cost.latency_ns is None else f" ({cost.latency_ns:g} ns)")
+    if goal.speaks_of & {"energy", "edp"} and cost.energy_pj is not None:
+        yield f"{cost.energy_pj:.6g} pJ"
 
 
 def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
@@ -192,7 +231,7 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     data = result.data.get("evaluation")
     for level, score in result.levels.items():
         where = "" if data is None else f" on {data.name}"
-        name = "SQNR" if metric == _NOISE else metric
+        name = "SQNR" if metric == NOISE else metric
         yield f"emitted model, onnxruntime {level}: {_quality(score)} {name}{where}"
     if result.bits and all(activation is None for _, activation in result.bits.values()):
         yield "float activations: for measurements only, no backend can run the manifest; at its default level"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,13 @@ from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.native_output import no_native_output
 from raqu_onnx.placement import geometries
 from raqu_onnx.search.cell_prices import saves_columns
+from raqu_onnx.search.fitting import within
+from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from raqu_onnx.search.budget import Budget
     from raqu_onnx.search.problem import Problem
 
 __all__ = ["cheapest_loss", "fit_to_budget", "kernel_widths", "solve_integer_program", "useful_widths"]
@@ -59,42 +63,45 @@ def cheapest_loss(
     return tuple(int(widths[int(i)]) for i in result.x.reshape(nodes, choices).argmax(1))
 
 
-def solve_integer_program(problem: Problem, loss: NDArray[np.float64], crossbars: int) -> tuple[int, ...] | None:
-    """Weight widths of least additive loss that really fit a number of crossbars.
+def solve_integer_program(problem: Problem, loss: NDArray[np.float64], budget: Budget) -> tuple[int, ...] | None:
+    """Weight widths of least additive loss that really fit a number of crossbars and bits on average.
 
-    The program counts cells (crossbars where each serves one node); where packing cannot use every cell, its budget
-    shrinks until the placement fits.
+    The program counts cells (crossbars where each serves one node) or, where crossbars are not limited, bits; where
+    packing cannot use every cell, its budget shrinks until the placement fits.
 
     Args:
         problem: Costs.
         loss: Additive loss of each node at each width, shape (nodes, 9).
-        crossbars: The budget.
+        budget: The budget, of which latency and energy are left to others.
     """
     limits = [problem.settings.weight_limits(node) for node in range(len(problem.nodes))]
     widths = range(min(low for low, _ in limits), max(high for _, high in limits) + 1)
     cost = problem.cell_cost.copy()
     for node, (low, high) in enumerate(limits):
         cost[node, :low] = cost[node, high + 1 : MAX_BITS + 1] = np.inf
-    budget = _linear_budget(problem, crossbars)
+    linear = _linear_budget(problem, budget.crossbars)
+    if linear == np.inf and budget.average_bits < np.inf:
+        sizes = np.array([float(node.weights) for node in problem.nodes])
+        cost = np.where(np.isfinite(cost), sizes[:, None] * np.arange(MAX_BITS + 1), np.inf)
+        linear = budget.average_bits * float(sizes.sum())
     for _ in range(12):
-        weights = cheapest_loss(loss, cost, widths, budget)
+        weights = cheapest_loss(loss, cost, widths, linear)
         if weights is None:
             return None
-        count = problem.crossbars(weights)
-        if count is not None and count <= crossbars:
+        if within(problem, Bits(weights, None), budget.static):
             return weights
-        budget = min(budget, problem.cost(weights)) * 0.985 - 1e-9
+        linear = min(linear, float(cost[np.arange(len(weights)), list(weights)].sum())) * 0.985 - 1e-9
     return None
 
 
-def _linear_budget(problem: Problem, crossbars: int) -> float:
+def _linear_budget(problem: Problem, crossbars: float) -> float:
     if problem.chip.sharing == "exclusive":
         return float(crossbars)
-    cells, left = 0, crossbars
+    cells, left = 0.0, crossbars
     for kind in sorted(problem.chip.crossbars, key=lambda kind: -kind.rows * kind.cols):
         taken = left if kind.count is None else min(left, kind.count)
         cells += taken * kind.rows * kind.cols
-        left -= taken
+        left -= taken if taken < math.inf else 0.0
     return float(cells)
 
 
@@ -124,7 +131,11 @@ def kernel_widths(problem: Problem) -> list[list[int]]:
 
 
 def fit_to_budget(
-    problem: Problem, weights: tuple[int, ...], loss: NDArray[np.float64], crossbars: int
+    problem: Problem,
+    weights: tuple[int, ...],
+    loss: NDArray[np.float64],
+    budget: Budget,
+    activations: tuple[int, ...] | None = None,
 ) -> tuple[int, ...] | None:
     """Bring any candidate into the budget, then use what is left of it.
 
@@ -142,8 +153,8 @@ def fit_to_budget(
     ]
 
     def fits() -> bool:
-        count = problem.crossbars(tuple(widths[i] for widths, i in zip(choices, current, strict=True)))
-        return count is not None and count <= crossbars
+        found = tuple(widths[i] for widths, i in zip(choices, current, strict=True))
+        return within(problem, Bits(found, activations), budget)
 
     while not fits():
         step = _best_step(problem, choices, current, loss, -1, set())

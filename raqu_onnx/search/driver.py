@@ -9,6 +9,8 @@ import numpy as np
 from raqu_onnx.encodings import MAX_BITS, MIN_BITS
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.best import BestSoFar
+from raqu_onnx.search.budget import OBJECTIVES, Cost
+from raqu_onnx.search.fitting import activation_steps
 from raqu_onnx.search.kernel_stage import KernelStage
 from raqu_onnx.search.result import (
     Bits,
@@ -16,26 +18,25 @@ from raqu_onnx.search.result import (
     Goal,
     SearchResult,
     UniformBaseline,
+    costs_and_loss,
+    goal_is_met,
     pareto_front,
     points_below,
 )
 from raqu_onnx.search.sensitivity import Sensitivity, measure_sensitivity
-from raqu_onnx.search.stages import LayerStage
+from raqu_onnx.search.stages import LayerStage, searched_activations
+from raqu_onnx.search.strategy import best_within, budget_of, least, require_reachable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from raqu_onnx.evaluation import Score
     from raqu_onnx.hardware import Chip
-    from raqu_onnx.search.bayes import TrustRegion
+    from raqu_onnx.search.budget import Objective
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import NodeWidth, SearchSettings
     from raqu_onnx.search.stages import Stage
 
 __all__ = ["check_room", "search"]
-
-# Evaluations spent on the loss once no smaller number of crossbars serves the goal.
-_REFINEMENTS = 8
 
 
 def search(problem: Problem, goal: Goal) -> SearchResult:
@@ -53,24 +54,37 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
     else:
         sensitivity = measure_sensitivity(problem)
         stage = _stage(problem, sensitivity)
-        if goal.max_crossbars is not None:
-            chosen = _best_within(problem, stage, goal.max_crossbars)
-        else:
-            chosen = _fewest_crossbars(problem, stage, goal.max_accuracy_drop or 0.0)
-        chosen = _narrow_activations(problem, sensitivity, goal, chosen)
+        budget = budget_of(problem, goal)
+        require_reachable(problem, stage, budget)
+        chosen = best_within(problem, stage, budget) if goal.minimized is None else least(problem, stage, goal)
+        if goal.speaks_of == {"crossbars"}:
+            # What costs no crossbars is taken as far as it is free.
+            chosen = _narrow_activations(problem, sensitivity, goal, chosen)
     return SearchResult(
         goal=goal,
         chosen=chosen,
-        goal_met=_meets(problem, goal, chosen.score, chosen.crossbars) if goal else None,
+        goal_met=goal_is_met(goal, problem.reference, chosen) if goal else None,
         reference=problem.reference,
         baselines=tuple(baselines),
         best_uniform=_best_uniform(problem, goal, baselines) if goal else None,
-        front=pareto_front(problem.evaluations),
+        front=_front(problem, goal, chosen),
         evaluations=tuple(problem.evaluations),
         nodes=problem.names,
         timed_out=problem.clock.stopped,
         sensitivity=sensitivity,
     )
+
+
+def _front(problem: Problem, goal: Goal, chosen: Evaluation) -> tuple[Evaluation, ...]:
+    """The Pareto front, with the answer on it even where another point beats it: it may serve the goal better."""
+    told: set[Objective] = {"crossbars", *goal.speaks_of}
+    if searched_activations(problem):
+        told.add("latency")
+    axes = [kind for kind in OBJECTIVES if kind in told]
+    front = pareto_front(problem.evaluations, axes)
+    if all(item.bits != chosen.bits for item in front):
+        front = (*front, chosen)
+    return tuple(sorted(front, key=lambda item: costs_and_loss(item, axes)))
 
 
 def _uniform_baselines(problem: Problem, goal: Goal) -> list[UniformBaseline]:
@@ -198,24 +212,29 @@ def _lowest(problem: Problem) -> tuple[NodeWidth, ...]:
     return problem.settings.bits(len(problem.nodes), problem.settings.weight_bits[0], None).weights
 
 
-def _meets(problem: Problem, goal: Goal, score: Score, crossbars: int) -> bool:
-    if goal.max_crossbars is not None and crossbars > goal.max_crossbars:
-        return False
-    return goal.max_accuracy_drop is None or points_below(problem.reference, score) <= goal.max_accuracy_drop + 1e-9
-
-
 def _best_uniform(problem: Problem, goal: Goal, baselines: Sequence[UniformBaseline]) -> UniformBaseline | None:
     """The uniform width that serves the goal best: least loss in the budget, else fewest crossbars in the drop.
 
     With both a budget and a drop, a width that stays in the budget but not in the drop is no answer.
     """
     # Counts of baselines that the chip cannot hold are for comparison only.
-    held = [b for b in baselines if problem.crossbars(b.bits.weights) is not None]
-    if goal.max_crossbars is not None:
-        fitting = [b for b in held if _meets(problem, goal, b.score, b.packed_crossbars)]
-        return min(fitting, key=lambda b: b.score.loss, default=None)
-    fitting = [b for b in held if _meets(problem, goal, b.score, 0)]
-    return min(fitting, key=lambda b: (b.packed_crossbars, b.score.loss), default=None)
+    held = [(b, cost) for b in baselines if (cost := _cost(problem, goal, b.bits)) is not None]
+    judged = [(b, Evaluation(b.bits, cost.crossbars, b.score, "uniform", cost)) for b, cost in held]
+    fitting = [(b, found) for b, found in judged if goal_is_met(goal, problem.reference, found)]
+    objective = goal.minimized
+
+    def rank(item: tuple[UniformBaseline, Evaluation]) -> tuple[float, float]:
+        return (item[1].value(objective) if objective else 0.0), item[1].score.loss
+
+    return min(fitting, key=rank, default=(None, None))[0]
+
+
+def _cost(problem: Problem, goal: Goal, bits: Bits) -> Cost | None:
+    """What a candidate costs in what a goal speaks of, None where the chip cannot hold it."""
+    if goal.speaks_of == {"crossbars"} and goal.max_average_bits is None:
+        crossbars = problem.crossbars(bits.weights)
+        return None if crossbars is None else Cost(crossbars)
+    return problem.measure(bits)
 
 
 def _stage(problem: Problem, sensitivity: Sensitivity) -> Stage:
@@ -223,112 +242,18 @@ def _stage(problem: Problem, sensitivity: Sensitivity) -> Stage:
     return LayerStage(problem, sensitivity) if problem.settings.group is None else KernelStage(problem, sensitivity)
 
 
-def _best_within(problem: Problem, stage: Stage, crossbars: int) -> Evaluation:
-    start = stage.start(crossbars)
-    known = [e for e in problem.evaluations if e.crossbars <= crossbars]
-    if start is None and not known:
-        raise DoesNotFitError(
-            f"no candidate fits {crossbars} crossbars of chip {problem.chip.name}; allow more, or use a larger chip"
-        )
-    region = stage.region(crossbars, min(known, key=lambda e: e.score.loss))
-    _spend(problem, region, problem.settings.evaluations, "Bayesian search")
-    problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
-    return region.incumbent
-
-
-def _spend(problem: Problem, region: TrustRegion, evaluations: int, what: str) -> None:
-    """Judge so many candidates of a region, or as many as there are, or is time for."""
-    done = 0
-    while done < evaluations and not problem.clock.is_over():
-        problem.progress(what, done, evaluations)
-        judged = region.step(evaluations - done)
-        if not judged:
-            break
-        done += judged
-
-
-def _fewest_crossbars(problem: Problem, stage: Stage, allowed: float) -> Evaluation:
-    """Bisect over budgets with computed candidates, then let the Bayesian stage push one crossbar further at a time."""
-    goal = Goal(None, allowed)
-    low = stage.fewest_crossbars
-    high = max((e.crossbars for e in problem.evaluations), default=0)
-    best = min(
-        (e for e in problem.evaluations if _meets(problem, goal, e.score, 0)),
-        key=lambda e: (e.crossbars, e.score.loss),
-        default=None,
-    )
-    if best is None:
-        # No uniform width meets the target: mixed widths on the whole chip may, and lose least in any case.
-        counts = [kind.count for kind in problem.chip.crossbars]
-        whole = sum(count or 0 for count in counts)
-        if None in counts:
-            high = high or problem.packed_crossbars(_lowest(problem))
-        best = _best_within(problem, stage, high if None in counts else max(high, whole))
-        if not _meets(problem, goal, best.score, 0):
-            return best
-    high = best.crossbars
-    while low < high and not problem.clock.is_over():
-        middle = (low + high) // 2
-        problem.progress(f"allocation to {middle} crossbars", 0, 1)
-        found = stage.start(middle)
-        if found is not None and _meets(problem, goal, found.score, 0):
-            best = min(best, found, key=lambda e: (e.crossbars, e.score.loss))
-            high = min(middle, found.crossbars)
-        else:
-            low = middle + 1
-    return _push_further(problem, stage, goal, best)
-
-
-def _push_further(problem: Problem, stage: Stage, goal: Goal, best: Evaluation) -> Evaluation:
-    """Spend the evaluations on budgets below the best one; a budget that is met makes way for a smaller one."""
-    left = problem.settings.evaluations
-    while left > 0 and not problem.clock.is_over():
-        budget = best.crossbars - max(1, best.crossbars // 50)
-        known = [e for e in problem.evaluations if e.crossbars <= budget]
-        start = stage.start(budget) if budget > 0 else None
-        if start is None:
-            break
-        region = stage.region(budget, min([*known, start], key=lambda e: e.score.loss))
-        while left > 0 and not _meets(problem, goal, region.incumbent.score, 0):
-            problem.progress("Bayesian search", problem.settings.evaluations - left, problem.settings.evaluations)
-            judged = 0 if problem.clock.is_over() else region.step(left)
-            left = left - judged if judged else 0
-        if not _meets(problem, goal, region.incumbent.score, 0):
-            break
-        if region.incumbent.crossbars >= best.crossbars:
-            break
-        best = region.incumbent
-    refined = _refine(problem, stage, best, min(left, _REFINEMENTS))
-    if _meets(problem, goal, refined.score, 0):
-        best = refined
-    problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
-    return best
-
-
-def _refine(problem: Problem, stage: Stage, best: Evaluation, evaluations: int) -> Evaluation:
-    """Lower the loss at the crossbars that were reached: what they have left over gets bits."""
-    if not evaluations or problem.clock.is_over():
-        return best
-    found = [best, stage.start(best.crossbars)]
-    start = min((e for e in found if e is not None), key=lambda e: e.score.loss)
-    region = stage.region(best.crossbars, start)
-    _spend(problem, region, evaluations, "Bayesian search, same crossbars")
-    return region.incumbent
-
-
 def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, chosen: Evaluation) -> Evaluation:
     """Take activation bits, which cost cycles but no crossbars, while the goal holds and the loss allows it.
 
     Bits go in order of the loss they carry; halves of what is left are tried at once, as in a binary search.
     """
-    widths = problem.settings.activation_bits
-    if widths is None or widths[0] == widths[1] or chosen.bits.activations is None or sensitivity.activations is None:
+    if not searched_activations(problem):
         return chosen
     allowed = (
         goal.max_accuracy_drop if goal.max_accuracy_drop is not None else points_below(problem.reference, chosen.score)
     )
     best = chosen
-    steps = _activation_steps(problem, sensitivity, chosen.bits.activations)
+    steps = activation_steps(problem, sensitivity, chosen.bits)
     taken, reach = 0, len(steps)
     while taken < reach and not problem.clock.is_over():
         middle = (taken + reach + 1) // 2
@@ -340,18 +265,3 @@ def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, 
             reach = middle - 1
     problem.progress("narrowing activations", len(steps), len(steps))
     return best
-
-
-def _activation_steps(problem: Problem, sensitivity: Sensitivity, start: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Ever narrower activation widths: each step takes the bit whose loss per MVM saved is least."""
-    table = sensitivity.activations
-    if table is None:
-        return []
-    mvms = [float(node.mvms or 1) for node in problem.nodes]
-    lowest = [(problem.settings.activation_limits(i) or (width,))[0] for i, width in enumerate(start)]
-    current, steps = list(start), []
-    while movable := [i for i, width in enumerate(current) if width > lowest[i]]:
-        best = min(movable, key=lambda i: (float(table[i, current[i] - 1] - table[i, current[i]]) / mvms[i], i))
-        current[best] -= 1
-        steps.append(tuple(current))
-    return steps

@@ -21,6 +21,7 @@ import numpy as np
 
 from raqu_onnx.annotations import CALIBRATION
 from raqu_onnx.evaluation import default_threads
+from raqu_onnx.metrics import parse_metric
 from raqu_onnx.session_model import session_model
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def judging_identity(
         "sensitivity samples": str(settings.sensitivity_samples),
         "batch size": str(settings.batch_size),
         "task": settings.task,
+        "metric": parse_metric(settings.metric).digest,
     }
 
 

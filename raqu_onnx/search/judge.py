@@ -10,6 +10,7 @@ import numpy as np
 from raqu_onnx.annotations import NodeBits
 from raqu_onnx.data_base import Batch
 from raqu_onnx.evaluation import Reference, Score, make_session
+from raqu_onnx.metrics import parse_metric
 from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.spool import Spool, SpoolError
@@ -48,7 +49,9 @@ class Judge:
         self._samples = settings.sensitivity_samples
         self._batches = _Batches(selection, settings.batch_size)
         session = make_session(session_model(model), threads=settings.threads)
-        self._reference = Reference(session, selection, settings.batch_size, settings.task)
+        self._reference = Reference(
+            session, selection, settings.batch_size, settings.task, parse_metric(settings.metric)
+        )
         self.reference = self._reference.score
         nodes = [source.node for source in quantizer.sources.values()]
         self._simulator = Simulator(
@@ -68,8 +71,8 @@ class Judge:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self._quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
-        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()))
-        return replace(found, top1=None).loss
+        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()), whole=False)
+        return replace(found, measured=self.reference.measured).fidelity
 
     def _first_batches(self) -> Iterator[Batch]:
         """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""

@@ -10,7 +10,7 @@ partly won back, what is lost at the end is not.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from raqu_onnx.placement import count_crossbars, geometries
 from raqu_onnx.search.allocation import kernel_widths
 from raqu_onnx.search.bayes import TrustRegion
 from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, mean_cells
+from raqu_onnx.search.fitting import repaired, within
 from raqu_onnx.search.result import Bits
 from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from raqu_onnx.dropping import DropRules
     from raqu_onnx.encodings import Encoding
     from raqu_onnx.kernel_allocation import Fits
+    from raqu_onnx.search.budget import Budget
     from raqu_onnx.search.problem import Problem
-    from raqu_onnx.search.result import Evaluation
+    from raqu_onnx.search.result import Evaluation, NodeWidth
     from raqu_onnx.search.sensitivity import Sensitivity
     from raqu_onnx.tiling import ArrayGeometry
 
@@ -47,6 +49,8 @@ _NO_DROP = 40
 _TILT_STARTS = (2, 0, 4)
 # Times that prices follow a placement, which follows prices.
 _PRICE_TURNS = 2
+# Mean weight bits that starts within a limit of energy try: what weights do not take is left to activations.
+_SHARES = (5.0, 4.0, 3.0, 2.5)
 # Crossbars above a budget up to which they are saved one by one where each serves one node. Models so large that there
 # are more fill their crossbars anyway: for them cells tell enough.
 _MOST_STEPS = 400
@@ -73,8 +77,10 @@ class KernelStage:
 
     def __init__(self, problem: Problem, sensitivity: Sensitivity) -> None:
         self._problem = problem
+        self._sensitivity = sensitivity
         self._layers = LayerStage(problem, sensitivity)
         self._known: dict[Bits, list[int]] = {}
+        self._caps: dict[Bits, float] = {}
         self._alone: dict[tuple[str, bytes, bytes], int] = {}
         self._allocator = self._make_allocator(sensitivity)
         # From no dropping to ever more.
@@ -105,7 +111,13 @@ class KernelStage:
         """One where kernels can be dropped, else those of the smallest widths."""
         return 1 if self._problem.settings.drops else self._layers.fewest_crossbars
 
-    def start(self, crossbars: int) -> Evaluation | None:
+    def extremes(self, budget: Budget) -> list[tuple[NodeWidth, ...]]:
+        """Those of whole nodes, and what is left where every kernel is dropped that may be."""
+        dearest = self._allocator.dearest(Taste())
+        whole = self._weights(dict(_rules(self._problem).apply(dearest).bits))
+        return [*self._layers.extremes(budget), *([whole] if self._problem.settings.drops else [])]
+
+    def start(self, budget: Budget) -> Evaluation | None:
         """The best of several allocations for a budget, and of the integer program's widths of nodes.
 
         Later budgets try what was best before, and a little more dropping: tighter ones want it.
@@ -113,26 +125,29 @@ class KernelStage:
         found: dict[_Start, Evaluation] = {}
         layers = [_LAYERS] if self._best is None or self._best == _LAYERS else []
         if self._best is None:
-            self._try(found, crossbars, layers + [_Start(_TILT_STARTS[0], dropping) for dropping in self._droppings])
+            self._try(found, budget, layers + [_Start(_TILT_STARTS[0], dropping) for dropping in self._droppings])
             if found and (best := _best_of(found)) != _LAYERS:
-                self._try(found, crossbars, [best._replace(tilt=tilt) for tilt in _TILT_STARTS[1:]])
+                self._try(found, budget, [best._replace(tilt=tilt) for tilt in _TILT_STARTS[1:]])
         else:
             tilt, first = self._best if self._best != _LAYERS else _Start(_TILT_STARTS[0], self._droppings[0])
             later = self._droppings[self._droppings.index(first) :]
-            self._try(found, crossbars, layers + [_Start(tilt, dropping) for dropping in later[:2]])
+            self._try(found, budget, layers + [_Start(tilt, dropping) for dropping in later[:2]])
         if not found:
             return None
         self._best = _best_of(found)
-        return found[self._best]
+        leader = found[self._best]
+        plain = [0] * len(self._problem.nodes) + list(_Start(_TILT_STARTS[0], _NO_DROP))
+        shared = self._shares(self._known.get(leader.bits, plain), budget) if budget.limits_energy else []
+        return min([leader, *shared], key=lambda item: item.score.loss)
 
-    def _try(self, found: dict[_Start, Evaluation], crossbars: int, starts: list[_Start]) -> None:
+    def _try(self, found: dict[_Start, Evaluation], budget: Budget, starts: list[_Start]) -> None:
         """Judge allocations, unless the time is over and there is something to go on with."""
         candidates: dict[_Start, Bits] = {}
         for start in starts:
             if start == _LAYERS:
-                bits = self._layers.widths_within(crossbars)
+                bits = self._layers.widths_within(budget)
             else:
-                bits = self.allocate([0] * len(self._problem.nodes) + list(start), crossbars)
+                bits = self.allocate([0] * len(self._problem.nodes) + list(start), budget)
             candidates |= {} if bits is None else {start: bits}
         self._problem.judge_ahead(list(candidates.values()), "judging allocations")
         for start, bits in candidates.items():
@@ -141,13 +156,26 @@ class KernelStage:
             origin = "integer program" if start == _LAYERS else "kernel allocation"
             found[start] = self._problem.evaluate(bits, origin)
 
-    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+    def _shares(self, vector: list[int], budget: Budget) -> list[Evaluation]:
+        """Narrower weights, which leave more of an energy to activations, judged."""
+        found = []
+        for most in _SHARES:
+            if most < budget.average_bits:
+                capped = replace(budget, average_bits=most)
+                bits = self.allocate(vector, capped)
+                if bits is not None:
+                    self._caps.setdefault(bits, most)
+                    found.append(self._problem.evaluate(bits, "kernel allocation"))
+        return found
+
+    def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:
         """A search of the factors around a candidate, or of widths of nodes where that is what is best so far."""
         if incumbent.bits not in self._known:
-            return self._layers.region(crossbars, incumbent)
-        return TrustRegion(self._problem, _KernelSpace(self, self._problem, crossbars, incumbent), incumbent)
+            return self._layers.region(budget, incumbent)
+        budget = replace(budget, average_bits=min(budget.average_bits, self._caps.get(incumbent.bits, math.inf)))
+        return TrustRegion(self._problem, _KernelSpace(self, self._problem, budget, incumbent), incumbent)
 
-    def allocate(self, vector: list[int], crossbars: int, activations: tuple[int, ...] | None = None) -> Bits | None:
+    def allocate(self, vector: list[int], budget: Budget, activations: tuple[int, ...] | None = None) -> Bits | None:
         """Bits of all kernels for exponents of nodes, of the tilt and of dropping, None where none fit the budget."""
         *nodes, tilt, dropping = vector
         tilted = np.array(nodes) + tilt * np.linspace(-1.0, 1.0, len(nodes))
@@ -156,26 +184,36 @@ class KernelStage:
             math.inf if dropping >= _NO_DROP else _factor(dropping),
         )
 
+        def weights(part: Budget, inputs: tuple[int, ...] | None) -> tuple[tuple[int, ...], ...] | None:
+            return self._within(part, inputs, taste)
+
+        start = activations or widest_activations(self._problem)
+        bits = repaired(self._problem, self._sensitivity, weights, start, budget)
+        if bits is not None:
+            self._known.setdefault(bits, vector)
+        return bits
+
+    def _within(
+        self, budget: Budget, activations: tuple[int, ...] | None, taste: Taste
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """Weights of least loss within a budget at activation bits, None where none fit."""
+
         def fits(bits: KernelBits) -> bool:
-            count = self._problem.crossbars(self._weights(bits))
-            return count is not None and count <= crossbars
+            return within(self._problem, Bits(self._weights(bits), activations), budget)
 
         found: KernelBits | None = None
-        if self._problem.chip.sharing == "exclusive" and self._steps_to(crossbars) <= _MOST_STEPS:
+        if self._problem.chip.sharing == "exclusive" and self._steps_to(budget.crossbars) <= _MOST_STEPS:
             exclusive = ExclusiveAllocator(self._allocator, _rules(self._problem), self._geometry, self._counts)
-            found = exclusive.within(crossbars, taste)
+            found = exclusive.within(int(budget.crossbars), taste)
         # Nodes that share a chip of several types, or of few crossbars, may not each get the type that serves it best.
         if found is None or not fits(found):
-            found = self._within(fits, taste, crossbars)
+            found = self._priced(fits, taste, budget.crossbars)
         if found is None:
             return None
         # With what goes with dropped kernels, so that what is reported is what is emitted.
-        whole = _rules(self._problem).apply(found).bits
-        bits = Bits(self._weights(dict(whole)), activations or widest_activations(self._problem))
-        self._known.setdefault(bits, vector)
-        return bits
+        return self._weights(dict(_rules(self._problem).apply(found).bits))
 
-    def _within(self, fits: Fits, taste: Taste, crossbars: int) -> KernelBits | None:
+    def _priced(self, fits: Fits, taste: Taste, crossbars: float) -> KernelBits | None:
         """Bits of least loss found; where cells of types hold other bits, at the prices of where nodes came to lie."""
         found = last = self._allocator.within(fits, taste, self._cells(crossbars))
         if len({shape.encoding for shape in geometries(self._problem.chip)}) == 1:
@@ -192,19 +230,26 @@ class KernelStage:
                 found = last
         return found
 
-    def _cells(self, crossbars: int) -> float:
+    def _cells(self, crossbars: float) -> float:
         """Cells of the largest crossbars that a budget could take; not known where cells of types hold other bits."""
         kinds = self._problem.chip.crossbars
         if len({kind.cell_bits for kind in kinds}) > 1:
             return math.inf
-        return crossbars * max(kind.rows * kind.cols for kind in kinds)
+        cells, left = 0.0, crossbars
+        for kind in sorted(kinds, key=lambda kind: -kind.rows * kind.cols):
+            taken = left if kind.count is None else min(left, kind.count)
+            cells += taken * kind.rows * kind.cols
+            left -= taken if taken < math.inf else 0.0
+        return cells
 
     @property
     def _geometry(self) -> ArrayGeometry:
         return geometries(self._problem.chip)[0]
 
-    def _steps_to(self, crossbars: int) -> int:
-        """Crossbars that the widest widths take beyond a budget."""
+    def _steps_to(self, crossbars: float) -> float:
+        """Crossbars that the widest widths take beyond a budget; without one there is nothing to save them for."""
+        if crossbars == math.inf:
+            return math.inf
         widest = tuple(self._problem.settings.weight_limits(node)[1] for node in range(len(self._problem.nodes)))
         return self._problem.exclusive_crossbars(widest) - crossbars
 
@@ -232,7 +277,7 @@ class _KernelSpace:
 
     stage: KernelStage
     problem: Problem
-    crossbars: int
+    budget: Budget
     incumbent: Evaluation
     _activations: list[tuple[int, int]] = field(init=False)
 
@@ -254,7 +299,7 @@ class _KernelSpace:
         """The allocation for these exponents."""
         exponents = len(self.problem.nodes) + 2
         activations = tuple(vector[exponents:]) or self.incumbent.bits.activations
-        return self.stage.allocate(vector[:exponents], self.crossbars, activations)
+        return self.stage.allocate(vector[:exponents], self.budget, activations)
 
 
 def _best_of(found: dict[_Start, Evaluation]) -> _Start:

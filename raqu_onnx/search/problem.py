@@ -13,8 +13,11 @@ from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.error_curves import error_curves
 from raqu_onnx.errors import ChipError
 from raqu_onnx.evaluation import Score
+from raqu_onnx.manifest_stages import execution_order
+from raqu_onnx.model_cost import Flow
 from raqu_onnx.placement import DoesNotFitError, count_crossbars, place
 from raqu_onnx.search.cell_prices import cell_shares
+from raqu_onnx.search.costs import CostModel
 from raqu_onnx.search.judge import Judge
 from raqu_onnx.search.records import Records
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
@@ -33,8 +36,10 @@ if TYPE_CHECKING:
     from raqu_onnx.error_curves import ErrorCurve
     from raqu_onnx.hardware import Chip, Sharing
     from raqu_onnx.layout import MappedNode
+    from raqu_onnx.model_cost import ModelCost
     from raqu_onnx.placement import Placement
     from raqu_onnx.quantizer import ModelQuantizer
+    from raqu_onnx.search.budget import Cost
     from raqu_onnx.search.result import SearchSettings
 
 __all__ = ["Problem", "ProgressCallback", "no_progress"]
@@ -100,6 +105,8 @@ class Problem:
         self._records = Records(judges, run.journal, self._cache)
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._matrices: dict[tuple[int, int], Matrix] = {}
+        flow = Flow(*execution_order(model, self.names))
+        self._costs = CostModel(self.nodes, chip, flow)
         self.cell_cost = self._linear_costs()
 
     # --- cost -------------------------------------------------------------------------------------------------
@@ -152,6 +159,14 @@ class Problem:
         """
         found = self.place(weights)
         return {name: found.geometries[found.types_by_node.get(name, (0,))[0]].encoding for name in self.names}
+
+    def measure(self, bits: Bits) -> Cost | None:
+        """Crossbars, latency, energy and average bits of a candidate, None when the chip is too small."""
+        return self._costs.measure(_digest(bits.weights), lambda: self.place(bits.weights), bits.activations)
+
+    def costs_of_nodes(self, bits: Bits) -> ModelCost | None:
+        """Cycles and energy of every node of a candidate, None when the chip is too small."""
+        return self._costs.by_node(_digest(bits.weights), lambda: self.place(bits.weights), bits.activations)
 
     def packed_crossbars(self, weights: tuple[NodeWidth, ...]) -> int:
         """Crossbars packed as the chip allows, its counts ignored."""
@@ -216,12 +231,12 @@ class Problem:
         Raises:
             DoesNotFitError: One does not fit the chip.
         """
-        counts = [self.crossbars(bits.weights) for bits in candidates]
-        if None in counts:
+        costs = [cost for bits in candidates if (cost := self.measure(bits)) is not None]
+        if len(costs) < len(candidates):
             raise DoesNotFitError(f"the candidate does not fit chip {self.chip.name}")
         found: list[Evaluation] = []
-        for bits, crossbars, score in zip(candidates, counts, self.score_many(candidates), strict=True):
-            found.append(Evaluation(bits, crossbars or 0, score, origin))
+        for bits, cost, score in zip(candidates, costs, self.score_many(candidates), strict=True):
+            found.append(Evaluation(bits, cost.crossbars, score, origin, cost))
             if bits not in self._evaluated:
                 self._evaluated.add(bits)
                 self.evaluations.append(found[-1])

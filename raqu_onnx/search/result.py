@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raqu_onnx.encodings import MAX_BITS
+from raqu_onnx.search.budget import Budget, Cost, Objective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +24,10 @@ __all__ = [
     "SearchResult",
     "SearchSettings",
     "UniformBaseline",
+    "costs_and_loss",
+    "goal_is_met",
     "pareto_front",
+    "points_below",
 ]
 
 
@@ -54,23 +60,79 @@ class Bits:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the result must satisfy.
+    """What the result must satisfy, and what is made small within that.
 
-    With `max_crossbars` the loss is minimized inside that many crossbars; else the crossbars are minimized inside
-    the allowed drop. With neither there is no goal, and nothing to miss: widths are fixed and the result is what it is.
+    With an objective it is minimized within all limits; without one the loss is, where anything but the accuracy is
+    limited, else the crossbars. With nothing given there is no goal, and nothing to miss: widths are fixed and the
+    result is what it is.
 
     Attributes:
         max_crossbars: Most crossbars that may be used.
         max_accuracy_drop: Most points (hundredths) of accuracy below float; of agreement with float without labels; of
             noise power over signal power where the model has no class scores.
+        max_latency_ns: Most ns of one inference alone.
+        max_latency_cycles: Most cycles of one inference alone.
+        max_energy_pj: Most pJ of one inference.
+        max_average_bits: Most bits per weight on average; weights that are not stored count with 0.
+        objective: What is minimized within the limits.
+        fit_chip: The loss is minimized on the whole chip.
     """
 
     max_crossbars: int | None = None
     max_accuracy_drop: float | None = 0.5
+    max_latency_ns: float | None = None
+    max_latency_cycles: int | None = None
+    max_energy_pj: float | None = None
+    max_average_bits: float | None = None
+    objective: Objective | None = None
+    fit_chip: bool = False
 
     def __bool__(self) -> bool:
         """Whether anything is asked for."""
-        return self.max_crossbars is not None or self.max_accuracy_drop is not None
+        return self.has_limits or self.max_accuracy_drop is not None or self.objective is not None
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether anything but the accuracy is limited."""
+        limits = (
+            self.max_crossbars, self.max_latency_ns, self.max_latency_cycles, self.max_energy_pj, self.max_average_bits,
+        )  # fmt: skip
+        return self.fit_chip or any(limit is not None for limit in limits)
+
+    @property
+    def minimized(self) -> Objective | None:
+        """What is made small, None for the loss."""
+        return self.objective or (None if self.has_limits else "crossbars")
+
+    @property
+    def speaks_of(self) -> set[Objective]:
+        """Costs that are limited or minimized."""
+        found: set[Objective] = {self.minimized or "crossbars"}
+        if self.max_latency_ns is not None or self.max_latency_cycles is not None:
+            found.add("latency")
+        if self.max_energy_pj is not None:
+            found.add("energy")
+        return found
+
+    def budget(self, cycle_ns: float | None) -> Budget:
+        """The limits, in cycles where they are of time.
+
+        Args:
+            cycle_ns: The chip's cycle time, needed for a limit in ns.
+        """
+        cycles = math.inf if self.max_latency_cycles is None else float(self.max_latency_cycles)
+        if self.max_latency_ns is not None and cycle_ns is not None:
+            cycles = min(cycles, self.max_latency_ns / cycle_ns)
+        return Budget(
+            crossbars=_most(self.max_crossbars),
+            average_bits=_most(self.max_average_bits),
+            latency=cycles,
+            energy=_most(self.max_energy_pj),
+        )
+
+
+def _most(limit: float | None) -> float:
+    return math.inf if limit is None else float(limit)
 
 
 @dataclass(frozen=True)
@@ -89,6 +151,7 @@ class SearchSettings:
         batch: Candidates that the Bayesian stage asks for at once.
         threads: Threads for onnxruntime, None for all.
         task: What the model's outputs are, which decides how candidates are judged.
+        metric: What quality is, see `raqu_onnx.metrics.parse_metric`.
         kept: Positions of the nodes that keep the widest weights and 8-bit activations whatever the others get.
         kept_weight_bits: Width of their weights.
         inputs: Positions of the nodes that read the model's own inputs.
@@ -106,10 +169,11 @@ class SearchSettings:
     batch: int = 1
     threads: int | None = None
     task: Task = "auto"
+    metric: str = "auto"
     kept: frozenset[int] = frozenset()
     kept_weight_bits: int = MAX_BITS
     inputs: frozenset[int] = frozenset()
-    input_bits: int = MAX_BITS
+    input_bits: tuple[int, int] = (MAX_BITS, MAX_BITS)
 
     @property
     def widest(self) -> tuple[int, int | None]:
@@ -124,8 +188,8 @@ class SearchSettings:
     @property
     def is_uniform(self) -> bool:
         """There is nothing to search."""
-        fixed = self.activation_bits is None or self.activation_bits[0] == self.activation_bits[1]
-        return fixed and self.weight_bits[0] == self.weight_bits[1]
+        pairs = [self.weight_bits, *([] if self.activation_bits is None else [self.activation_bits, self.input_bits])]
+        return all(low == high for low, high in pairs)
 
     def bits(self, nodes: int, weight: int, activation: int | None) -> Bits:
         """The same widths everywhere but at the nodes that are kept, and the model's own inputs.
@@ -142,12 +206,12 @@ class SearchSettings:
 
     def activations(self, nodes: int, activation: int) -> tuple[int, ...]:
         """Activation bits of every node where all but the kept ones and the model's own inputs have one width."""
-        return tuple(self._fixed_activation(node) or activation for node in range(nodes))
+        return tuple(activation if (own := self._own_limits(node)) is None else own[1] for node in range(nodes))
 
-    def _fixed_activation(self, node: int) -> int | None:
-        """The activation width that no search changes, None where there is none."""
+    def _own_limits(self, node: int) -> tuple[int, int] | None:
+        """Limits of the activation width of a node that is kept or reads an input of the model, else None."""
         if node in self.kept:
-            return MAX_BITS
+            return MAX_BITS, MAX_BITS
         return self.input_bits if node in self.inputs else None
 
     def weight_limits(self, node: int) -> tuple[int, int]:
@@ -156,8 +220,7 @@ class SearchSettings:
 
     def activation_limits(self, node: int) -> tuple[int, int] | None:
         """Smallest and largest activation width of one node, None where activations stay float."""
-        fixed = self._fixed_activation(node)
-        return self.activation_bits if fixed is None or self.activation_bits is None else (fixed, fixed)
+        return None if self.activation_bits is None else self._own_limits(node) or self.activation_bits
 
 
 @dataclass(frozen=True)
@@ -169,12 +232,18 @@ class Evaluation:
         crossbars: Crossbars that it takes, packed as the chip allows.
         score: Its score.
         origin: What proposed it.
+        cost: All that it costs; without it only the crossbars are known.
     """
 
     bits: Bits
     crossbars: int
     score: Score
     origin: str
+    cost: Cost | None = None
+
+    def value(self, objective: Objective) -> float:
+        """What it costs in terms of an objective; infinite where that is unknown."""
+        return (self.cost or Cost(self.crossbars)).of(objective)
 
 
 @dataclass(frozen=True)
@@ -209,7 +278,8 @@ class SearchResult:
         reference: Score of the float model on the selection set.
         baselines: Uniform widths, by falling width.
         best_uniform: The uniform width that serves the same goal best, None when none satisfies it, or without a goal.
-        front: Evaluations that no other beats in both crossbars and loss, by rising crossbars.
+        front: Evaluations that no other beats in all of loss, crossbars and what else the goal speaks of, by rising
+            crossbars; the answer is always among them.
         evaluations: All of them in the order in which they were made.
         nodes: Names of the mapped nodes, in the order of `Bits`.
         timed_out: Something was left undone for want of time.
@@ -228,16 +298,53 @@ class SearchResult:
     timed_out: bool = False
     sensitivity: Sensitivity | None = None
 
+    @property
+    def chosen_number(self) -> int:
+        """Number of the answer on the front, from 1."""
+        return 1 + next(index for index, item in enumerate(self.front) if item.bits == self.chosen.bits)
+
 
 def points_below(reference: Score, score: Score) -> float:
     """Hundredths of quality that a score lies below the float model's."""
     return 100 * (reference.quality - score.quality)
 
 
-def pareto_front(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
-    """Evaluations that no other beats in both crossbars and loss, by rising crossbars."""
-    front: list[Evaluation] = []
-    for item in sorted(evaluations, key=lambda e: (e.crossbars, e.score.loss)):
-        if not front or item.score.loss < front[-1].score.loss:
-            front.append(item)
-    return tuple(front)
+def goal_is_met(goal: Goal, reference: Score, item: Evaluation) -> bool:
+    """Whether a candidate satisfies a goal.
+
+    Args:
+        goal: The goal.
+        reference: Score of the float model on the same data.
+        item: The candidate.
+    """
+    cost = item.cost or Cost(item.crossbars)
+    cycle_ns = None if not cost.latency_cycles or cost.latency_ns is None else cost.latency_ns / cost.latency_cycles
+    if not goal.budget(cycle_ns).allows(cost):
+        return False
+    return goal.max_accuracy_drop is None or points_below(reference, item.score) <= goal.max_accuracy_drop + 1e-9
+
+
+def pareto_front(
+    evaluations: Sequence[Evaluation], axes: Sequence[Objective] = ("crossbars",)
+) -> tuple[Evaluation, ...]:
+    """Evaluations that no other beats in loss and in every one of some costs.
+
+    Args:
+        evaluations: All of them.
+        axes: Costs that count beside the loss.
+
+    Returns:
+        By rising costs in the order of `axes`, then by loss; the first of those that are alike in all.
+    """
+    kept: list[Evaluation] = []
+    for item in sorted(evaluations, key=lambda item: costs_and_loss(item, axes)):
+        own = costs_and_loss(item, axes)
+        # Sorted, so that nothing that comes later can beat what is kept.
+        if not any(all(map(operator.le, costs_and_loss(other, axes), own)) for other in kept):
+            kept.append(item)
+    return tuple(kept)
+
+
+def costs_and_loss(item: Evaluation, axes: Sequence[Objective]) -> tuple[float, ...]:
+    """What a point of a front is compared by."""
+    return *(item.value(axis) for axis in axes), item.score.loss

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raqu_onnx.search.judge import Judge
     from raqu_onnx.search.pools import Pool
     from raqu_onnx.search.records import Judges
-    from raqu_onnx.search.result import Bits, SearchSettings
+    from raqu_onnx.search.result import Bits, SearchResult, SearchSettings
 
 __all__ = ["Clock", "InProcess", "SearchRun"]
 
@@ -58,12 +58,14 @@ class SearchRun:
         timeout: Seconds after which no more candidates are sought.
         pool: Workers that judge; None for this process.
         use_cache: Look for sensitivities and error curves of earlier searches on disk, and leave them there.
+        known: What a search of the same model, data and settings found: its answer is taken instead of searching.
     """
 
     journal: Journal | None = None
     timeout: float | None = None
     use_cache: bool = False
     pool: Pool | None = None
+    known: SearchResult | None = None
 
     def begin(
         self, model: ir.Model, quantizer: ModelQuantizer, selection: Dataset, settings: SearchSettings

@@ -49,9 +49,9 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
         # Crossbars that a whole node would not save may still be saved by some of its kernels.
         choices = [sorted({*own, *kernels}) for own, kernels in zip(choices, kernel_widths(problem), strict=True)]
     jobs = [(node, b, True) for node, widths in enumerate(choices) for b in widths if b < weight]
-    if settings.activation_bits is not None and activation is not None:
-        free = [node for node in range(nodes) if node not in settings.kept]
-        jobs += [(node, b, False) for node in free for b in range(settings.activation_bits[0], activation)]
+    for node in range(nodes):
+        low, high = settings.activation_limits(node) or (0, 0)
+        jobs += [(node, b, False) for b in range(low, high)]
     trials = [widest, *(_trial(widest, *job) for job in jobs)]
     base, *losses = problem.quick_many(trials, "measuring sensitivity")
     weights = np.zeros((nodes, MAX_BITS + 1))

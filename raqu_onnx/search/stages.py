@@ -1,4 +1,4 @@
-"""What is searched within a budget of crossbars: one width for each node, or bits for each kernel."""
+"""What is searched within a budget: one width for each node, or bits for each kernel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from raqu_onnx.search.allocation import fit_to_budget, solve_integer_program
 from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.fitting import repaired
 from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
+    from raqu_onnx.search.budget import Budget
     from raqu_onnx.search.problem import Problem
-    from raqu_onnx.search.result import Evaluation
+    from raqu_onnx.search.result import Evaluation, NodeWidth
     from raqu_onnx.search.sensitivity import Sensitivity
 
 __all__ = ["LayerStage", "Stage", "searched_activations", "widest_activations"]
@@ -24,10 +26,13 @@ class Stage(Protocol):
     def fewest_crossbars(self) -> int:
         """No candidate takes fewer."""
 
-    def start(self, crossbars: int) -> Evaluation | None:
+    def extremes(self, budget: Budget) -> list[tuple[NodeWidth, ...]]:
+        """Weights between which costs lie: the cheapest, and others that may do better in latency."""
+
+    def start(self, budget: Budget) -> Evaluation | None:
         """The best candidate that can be computed for a budget, judged; None where nothing fits."""
 
-    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+    def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:
         """A Bayesian search within a budget from a candidate on."""
 
 
@@ -39,11 +44,9 @@ def widest_activations(problem: Problem) -> tuple[int, ...] | None:
 
 def searched_activations(problem: Problem) -> list[tuple[int, int]]:
     """Limits of the activation widths that are searched, one for each node; none where widths are fixed or float."""
-    widths = problem.settings.activation_bits
-    if widths is None or widths[0] == widths[1]:
-        return []
-    limits = (problem.settings.activation_limits(node) for node in range(len(problem.nodes)))
-    return [bits for bits in limits if bits is not None]
+    limits = [problem.settings.activation_limits(node) for node in range(len(problem.nodes))]
+    found = [bits for bits in limits if bits is not None]
+    return found if any(low < high for low, high in found) else []
 
 
 class LayerStage:
@@ -69,23 +72,34 @@ class LayerStage:
         """Crossbars of the smallest widths."""
         return self._problem.crossbars(self.lowest) or 1
 
-    def start(self, crossbars: int) -> Evaluation | None:
+    def extremes(self, budget: Budget) -> list[tuple[NodeWidth, ...]]:
+        """The smallest widths, and the widest within the budget's crossbars, which take fewer turns."""
+        settings = self._problem.settings
+        widest = tuple(settings.weight_limits(node)[1] for node in range(len(self._problem.nodes)))
+        fitted = fit_to_budget(self._problem, widest, self._sensitivity.weights, budget.static)
+        return [self.lowest, *([] if fitted is None else [fitted])]
+
+    def start(self, budget: Budget) -> Evaluation | None:
         """The integer program's answer for a budget, filled up, judged."""
-        bits = self.widths_within(crossbars)
+        bits = self.widths_within(budget)
         return None if bits is None else self._problem.evaluate(bits, "integer program")
 
-    def widths_within(self, crossbars: int) -> Bits | None:
+    def widths_within(self, budget: Budget) -> Bits | None:
         """The integer program's answer for a budget, filled up; None where nothing fits."""
-        loss = self._sensitivity.weights
-        weights = solve_integer_program(self._problem, loss, crossbars) or self.lowest
-        fitted = fit_to_budget(self._problem, weights, loss, crossbars)
-        return None if fitted is None else Bits(fitted, widest_activations(self._problem))
+        weights = solve_integer_program(self._problem, self._sensitivity.weights, budget) or self.lowest
+        return self.fitted(weights, widest_activations(self._problem), budget)
 
-    def region(self, crossbars: int, incumbent: Evaluation) -> TrustRegion:
+    def fitted(self, weights: tuple[int, ...], activations: tuple[int, ...] | None, budget: Budget) -> Bits | None:
+        """Widths brought into a budget, None where that cannot be done."""
+
+        def allocate(part: Budget, bits: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            return fit_to_budget(self._problem, weights, self._sensitivity.weights, part, bits)
+
+        return repaired(self._problem, self._sensitivity, allocate, activations, budget)
+
+    def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:
         """A search of widths around a candidate."""
-        return TrustRegion(
-            self._problem, _LayerSpace(self._problem, self._sensitivity, crossbars, incumbent), incumbent
-        )
+        return TrustRegion(self._problem, _LayerSpace(self._problem, self, budget, incumbent), incumbent)
 
 
 @dataclass
@@ -93,8 +107,8 @@ class _LayerSpace:
     """Widths of the nodes, and of their inputs where these are searched."""
 
     problem: Problem
-    sensitivity: Sensitivity
-    crossbars: int
+    stage: LayerStage
+    budget: Budget
     incumbent: Evaluation
 
     @property
@@ -114,6 +128,5 @@ class _LayerSpace:
     def candidate(self, vector: list[int]) -> Bits | None:
         """The widths, brought into the budget."""
         nodes = len(self.problem.nodes)
-        weights = fit_to_budget(self.problem, tuple(vector[:nodes]), self.sensitivity.weights, self.crossbars)
         activations = tuple(vector[nodes:]) or self.incumbent.bits.activations
-        return None if weights is None else Bits(weights, activations)
+        return self.stage.fitted(tuple(vector[:nodes]), activations, self.budget)
