@@ -82,7 +82,7 @@ def test_what_was_asked_judged_and_reached_is_said(cli: Cli, workspace: Path) ->
     scores = [found["figures"][index]["selection"]["top1"] for index in (0, -1)]
     crossbars = found["figures"][-1]["crossbars"]
     assert f"reached: {crossbars} crossbars, {abs(100 * (scores[0] - scores[1])):.2f} points" in out
-    assert f"({100 * scores[0]:.2f} -> {100 * scores[1]:.2f} % top-1 on" in out
+    assert f"({scores[0]:.2%} -> {scores[1]:.2%} top-1 on" in out
 
 
 def test_agreement_is_not_called_accuracy(cli: Cli, workspace: Path) -> None:
