@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -341,6 +342,25 @@ def test_a_scheduler_without_workers_is_refused(cluster: Cluster, monkeypatch: p
     said = "the scheduler has no workers; start some with `dask worker"
     with pytest.raises(WorkerError, match=said), dask_pool(cluster.address):
         pass
+
+
+def test_a_scheduler_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    from raqu_onnx.search.dask_pool import _DaskJudges
+
+    client = SimpleNamespace(status="running")
+
+    def lost(*_: object) -> Iterator[tuple[int, Answer]]:
+        yield 0, 0.5
+        client.status = "closed"
+        raise OSError("Timed out trying to connect")
+
+    monkeypatch.setattr(_DaskJudges, "_run", lost)
+    judges = _DaskJudges(client, None, 2, "judge")  # type: ignore[arg-type]
+    found = judges.answers("quick", [Bits((2,), None), Bits((3,), None)], lambda: False)
+    assert next(found) == (0, 0.5)
+    with pytest.raises(WorkerError, match="the scheduler of the Dask cluster is gone; start it again"):
+        next(found)
 
 
 def test_without_dask_it_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

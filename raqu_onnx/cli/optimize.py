@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from raqu_onnx.cli.data_options import add_data, picture_settings
+from raqu_onnx.cli.effort import add_effort
 from raqu_onnx.cli.goal_options import add_earlier, add_limits, add_metric
 from raqu_onnx.cli.options import add_common, add_exclude, start_logging
 from raqu_onnx.cli.printing import counted, print_json, printable, result_is_complete
@@ -78,6 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     method = parser.add_argument_group("method")
     _add_granularity(method)
     _add_method(method)
+    add_effort(parser.add_argument_group("effort"))
     _add_pipeline(parser.add_argument_group("pipeline"))
     parser.set_defaults(run=_run)
 
@@ -211,41 +213,6 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--batch-size", type=int, metavar="N", help="samples that onnxruntime runs at once (default: 64)"
     )
     group.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="threads of onnxruntime (default: as many as there are cores)"
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that judge candidates, each with its share of the threads (default: 1)",
-    )
-    group.add_argument(
-        "--dask",
-        metavar="ADDRESS",
-        help="judge on the workers of the Dask scheduler at this address (pip install 'raqu-onnx[dask]') (default: "
-        "none)",
-    )
-    group.add_argument(
-        "--batch",
-        type=int,
-        metavar="N",
-        help="candidates that the Bayesian stage asks for at once; with the seed it decides the result, whoever judges "
-        "(default: as many as there are workers)",
-    )
-    group.add_argument(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="seek no more candidates after so many seconds, and write the best so far (default: no limit)",
-    )
-    group.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        default=None,
-        help="neither read nor keep sensitivities and error curves in the user's cache folder",
-    )
 
 
 def _add_pipeline(group: argparse._ArgumentGroup) -> None:

@@ -127,7 +127,7 @@ class _DaskJudges:
         """The answers as they come.
 
         Raises:
-            WorkerError: Workers die again and again.
+            WorkerError: Workers die again and again, or the scheduler is gone.
         """
         distributed: Any = import_module("distributed")
         # The last two where the scheduler itself is gone, or has no workers for long.
@@ -142,6 +142,8 @@ class _DaskJudges:
             except gone as error:
                 # The last worker that held the source may have gone with it.
                 self._sent, deaths = None, deaths + 1
+                if self.client.status == "closed":
+                    raise WorkerError("the scheduler of the Dask cluster is gone; start it again") from error
                 if deaths == MOST_DEATHS:
                     raise WorkerError(
                         f"workers of the Dask cluster died {deaths} times in a row while they judged, maybe for want "
