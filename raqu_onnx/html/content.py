@@ -158,10 +158,9 @@ class Point:
 
 def quality(score: ScoreReport) -> float | None:
     """Share of right answers, as `Score.quality`; None where nothing was measured that says so."""
-    if score.top1 is not None:
-        return score.top1
-    if score.agreement is not None:
-        return score.agreement
+    for value in (score.value, score.top1, score.agreement):
+        if value is not None:
+            return value
     # An SQNR that JSON could not hold is infinite.
     return 1.0 if score.sqnr_db is None else 1.0 - min(1.0, 10 ** (-score.sqnr_db / 10))
 
@@ -172,7 +171,11 @@ def quality_text(score: ScoreReport | None, metric: str | None) -> str:
         return "–"
     if metric == "1 - noise/signal":
         return "no noise" if score.sqnr_db is None else f"{score.sqnr_db:.2f} dB"
+    if score.measured == "KL":
+        return "infinite" if score.value is None else f"{-score.value:.4f} nats"
     value = quality(score)
+    if score.measured is not None and score.measured != "agreement" and not score.measured.startswith("top-"):
+        return "–" if value is None else f"{value:.5g}"
     return "–" if value is None else f"{100 * value:.2f} %"
 
 
@@ -202,7 +205,7 @@ def _point(
     report: Report, item: EvaluationReport | FrontReport, label: str, *, chosen: bool = False, order: int = 0
 ) -> Point:
     below = _points_below(report, item.score)
-    met = _met(report, item.crossbars, below)
+    met = _met(report, item, below)
     return Point(label, item.crossbars, item.loss, _text(report, item.score), below, met, chosen, order)
 
 
@@ -216,10 +219,23 @@ def _points_below(report: Report, score: ScoreReport) -> float | None:
     return None if mine is None or best is None else 100 * (best - mine)
 
 
-def _met(report: Report, crossbars: int, below: float | None) -> bool | None:
+def _met(report: Report, item: EvaluationReport | FrontReport, below: float | None) -> bool | None:
     goal = report.goal
     if goal is None:
         return None
-    if goal.max_crossbars is not None and crossbars > goal.max_crossbars:
-        return False
+    limits = (
+        (goal.max_crossbars, item.crossbars),
+        (goal.max_latency_ns, getattr(item, "latency_ns", None)),
+        (goal.max_latency_cycles, getattr(item, "latency_cycles", None)),
+        (goal.max_energy_pj, getattr(item, "energy_pj", None)),
+        (goal.max_average_bits, getattr(item, "average_bits", None)),
+    )
+    for most, value in limits:
+        if most is None:
+            continue
+        if value is None:
+            # Costs other than crossbars are told of the front only.
+            return None
+        if value > most * (1 + 1e-9):
+            return False
     return goal.max_accuracy_drop is None or (below is not None and below <= goal.max_accuracy_drop + 1e-9)

@@ -136,7 +136,8 @@ def cards(report: Report, manifest: Manifest) -> Iterator[Card]:
     score = report.figures[-1].evaluation or report.figures[-1].selection
     if score is not None:
         floating = table[0].evaluation or table[0].selection
-        name = _METRIC_WORDS[report.metric or _metric(report.figures[-1])]
+        metric = report.metric or _metric(report.figures[-1])
+        name = _METRIC_WORDS.get(metric, metric)
         yield Card(name, ours.evaluation or ours.selection, f"float {floating}" if floating else "")
     yield Card("cells in use", ours.cells, f"{ours.bits} of their bits")
     yield Card("bits per weight", ours.weight_bits, f"{ours.activation_bits or 'float'} per activation")
@@ -155,7 +156,7 @@ def goal_sentence(report: Report) -> str:
     """What was asked for, and what was reached on which data."""
     if report.goal is None:
         return "Widths were given, and nothing was asked for."
-    goal = Goal(report.goal.max_crossbars, report.goal.max_accuracy_drop)
+    goal = Goal(**report.goal.model_dump())
     return f"Asked for: {describe_goal(goal, metric=report.metric or '')}."
 
 

@@ -106,7 +106,7 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
         by_node = {layer.name: layer for layer in layers}
         kinds = [kind.name for kind in manifest.chip.crossbars]
         yield "floor", floor_plot(plan, [by_node[node.name] for node in manifest.nodes], kinds)
-    tried, metric = candidates(report), _METRIC_LABELS[report.metric or "agreement"]
+    tried, metric = candidates(report), _METRIC_LABELS.get(report.metric or "agreement", report.metric or "")
     if len(tried) > 1:
         front, uniform = front_points(report), uniform_points(report)
         chosen = next((point for point in tried if point.chosen), None)
