@@ -21,7 +21,7 @@ from raqu_onnx.html.floor_plan import floor_plan, ranges_text
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
-from raqu_onnx.short_names import short_names
+from raqu_onnx.node_names import short_names
 
 # ---------------------------------------------------------------------------------------------------- the floor plan
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
 from raqu_onnx.errors import RaquError
-from raqu_onnx.short_names import shortened
+from raqu_onnx.node_names import printable, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,8 +30,6 @@ __all__ = [
 # A pipe has no width: whoever reads it wants whole names and one line for each statement.
 _PIPE_COLUMNS = 10_000
 _GAP = 2
-# Controls, formats such as those that turn text around, and separators that some terminals break lines at.
-_STEERING = {"Cc", "Cf", "Zl", "Zp"}
 # A name is never shortened below this; a table that is still too wide is left to the terminal.
 _LEAST_NAME = 12
 
@@ -114,23 +111,6 @@ def console() -> Console:
     # Names of nodes are not markup.
     width = None if sys.stdout.isatty() else _PIPE_COLUMNS
     return Plain(highlight=False, markup=False, emoji=False, width=width)
-
-
-def printable(text: str) -> str:
-    """A text without characters that steer a terminal or turn its line around, as names in a stranger's model may hold.
-
-    Each stands as its escape, as in Python's strings; line ends and tabs stay.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character) not in _STEERING else _escape(character)
-        for character in text
-    )
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def print_table(

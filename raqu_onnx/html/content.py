@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raqu_onnx.manifest_view import ManifestView
-from raqu_onnx.short_names import short_names
+from raqu_onnx.node_names import printable, short_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,8 @@ class Layer:
     """A mapped node.
 
     Attributes:
-        name: Its name.
+        node: Its name.
+        name: The same, for people: without characters that would turn a line around.
         short: The same, short enough for an axis.
         op_type: Its operator.
         groups: G.
@@ -47,6 +48,7 @@ class Layer:
         kept: Pattern that kept it at 8 bits, empty if none did.
     """
 
+    node: str
     name: str
     short: str
     op_type: str
@@ -94,7 +96,7 @@ def layers_of(manifest: Manifest, report: Report | None) -> list[Layer]:
     """All mapped nodes in the order in which they compute."""
     order = {stage.node: index for index, stage in enumerate(manifest.stages)}
     nodes = sorted(manifest.nodes, key=lambda node: order.get(node.name, len(order)))
-    shorts = short_names([node.name for node in nodes], [node.op_type for node in nodes])
+    shorts = short_names([printable(node.name) for node in nodes], [node.op_type for node in nodes])
     view = ManifestView(manifest)
     return [_layer(node, short, manifest, view, report) for node, short in zip(nodes, shorts, strict=True)]
 
@@ -108,7 +110,8 @@ def _layer(node: NodeEntry, short: str, manifest: Manifest, view: ManifestView, 
     kept = () if report is None else report.kept
     matrix = node.matrix
     return Layer(
-        name=node.name,
+        node=node.name,
+        name=printable(node.name),
         short=short,
         op_type=node.op_type,
         groups=matrix.groups,

@@ -13,6 +13,7 @@ from raqu_onnx.html.content import candidates, front_points, layers_of, uniform_
 from raqu_onnx.html.floor_plan import floor_plan
 from raqu_onnx.html.palette import BITS, layer_colours
 from raqu_onnx.manifest import read_manifest
+from raqu_onnx.node_names import printable
 from raqu_onnx.passes.write_manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def render_page(manifest: Manifest, report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("raqu_onnx.html"),
         autoescape=True,
+        # Names stand in sentences too, which they must not turn around.
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -103,7 +106,7 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
         yield "shares", shares_plot(layers)
         yield "kernels", kernels_plot(layers)
     if len(plan.blocks):
-        by_node = {layer.name: layer for layer in layers}
+        by_node = {layer.node: layer for layer in layers}
         kinds = [kind.name for kind in manifest.chip.crossbars]
         yield "floor", floor_plot(plan, [by_node[node.name] for node in manifest.nodes], kinds)
     tried, metric = candidates(report), _METRIC_LABELS.get(report.metric or "agreement", report.metric or "")

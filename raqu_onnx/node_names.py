@@ -1,14 +1,35 @@
-"""Names of nodes where there is little room for them."""
+"""Names of nodes, which strangers chose, where they are shown."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["short_names", "shortened"]
+__all__ = ["printable", "short_names", "shortened"]
+
+# Controls, formats such as those that turn text around, and separators that some terminals break lines at.
+_STEERING = {"Cc", "Cf", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    """A text without characters that steer a terminal or turn its line around, as names in a stranger's model may hold.
+
+    Each stands as its escape, as in Python's strings; line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in _STEERING else _escape(character)
+        for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def shortened(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
