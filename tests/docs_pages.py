@@ -23,7 +23,8 @@ _SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
 # `<!-- needs: olive -->` before a block: it runs where that package is installed.
 _NEEDS = re.compile(r"<!-- needs: (\w+) -->")
-_SHELL_SECONDS = 300
+# Far more than any takes: a page that hangs must not stop all tests.
+_SHELL_SECONDS = 1800
 
 
 @dataclass(frozen=True)
