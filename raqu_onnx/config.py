@@ -57,6 +57,9 @@ __all__ = [
     "to_toml",
 ]
 
+# Settings that change no byte of the result, unless the time runs out.
+_UNRECORDED = ("output", "threads", "workers", "dask", "timeout", "cache", "choose", "earlier")
+
 # Kernels of a layer that share a width.
 _GROUPS = {"layer": None, "kernel": 1}
 
@@ -222,6 +225,11 @@ class OptimizeConfig(BaseModel):
             if value is not None
         }
         return self.model_copy(update=changes)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest says of the settings: all that decide its bytes, unless the time runs out."""
+        return self.model_dump(mode="json", by_alias=True, exclude=set(_UNRECORDED))
 
     @property
     def method(self) -> tuple[str, ...]:

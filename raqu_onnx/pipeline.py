@@ -58,9 +58,6 @@ logger = logging.getLogger(__name__)
 # Selection samples that the emitted model is run on at both optimization levels.
 _CHECKED_SAMPLES = 16
 
-#: Settings that change no byte of the result, unless the time runs out.
-UNRECORDED = ("output", "threads", "workers", "dask", "timeout", "cache", "choose", "earlier")
-
 #: Names of the default pipeline's passes, in order.
 DEFAULT_PIPELINE = (
     "tidy",
@@ -167,7 +164,7 @@ def default_pipeline(config: OptimizeConfig, resources: Resources) -> list[ir.pa
         # Model, manifest and cells as files.
         WriteManifestPass(
             resources.folder,
-            configuration=config.model_dump(mode="json", by_alias=True, exclude=set(UNRECORDED)),
+            configuration=config.recorded,
             seed=config.seed,
             cells=config.cells,
             source_sha256=resources.source_sha256,
