@@ -276,6 +276,7 @@ def test_the_judged_latency_is_the_reported_one(cli: Cli) -> None:
     assert manifest.search.goal is not None
     assert manifest.search.goal.max_latency_ns == 30_000
     assert "within 30000 ns" in ran.out
+    assert "least loss within 30000 ns" in Path("out/report.html").read_text(encoding="utf-8")
     assert f"{point['latency_cycles']} cycles ({point['latency_ns']:g} ns)" in ran.out
 
 

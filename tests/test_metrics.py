@@ -169,6 +169,7 @@ def test_a_function_decides_what_is_lost(cli: Cli) -> None:
     drop = 100 * (report["figures"][0]["selection"]["value"] - report["figures"][-1]["selection"]["value"])
     assert drop <= 2
     assert f"points below float: {drop:.2f} on the selection data" in ran.out
+    assert "metric.py:half" in Path("out/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("workspace")

@@ -59,8 +59,9 @@ def add_earlier(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--from",
+        "--earlier",
         dest="earlier",
         metavar="DIR",
-        help="folder of that search; model, chip, data and settings are taken from it, and must be the same if given "
+        help="folder of that search; model, chip, data and settings are taken from it, and must be those if given "
         "(default: none)",
     )
