@@ -82,6 +82,7 @@ class EvaluationReport(_Part):
     loss: float | None = Field(description="what the search minimizes, as in `front`")
     score: ScoreReport = Field(description="on the selection data")
     origin: str = Field(description="what proposed it")
+    met: bool | None = Field(None, description="it meets the goal, null without one")
     chosen: bool = Field(description="it is the result")
 
 

@@ -10,6 +10,7 @@ from raqu_onnx.errors import ModelError
 from raqu_onnx.json_values import finite
 from raqu_onnx.points import baseline_values, front_values
 from raqu_onnx.report import VERSION, Report
+from raqu_onnx.search.result import goal_is_met
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -287,6 +288,7 @@ def _search_json(search: SearchResult) -> dict[str, Any]:
                 "loss": item.score.loss,
                 "score": vars(item.score),
                 "origin": item.origin,
+                "met": goal_is_met(search.goal, search.reference, item) if search.goal else None,
                 "chosen": item.bits == search.chosen.bits,
             }
             for item in search.evaluations

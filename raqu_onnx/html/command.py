@@ -14,6 +14,7 @@ __all__ = ["changed_settings", "command_of"]
 _ONLY_IN_FILES = {"scale", "resize"}
 # Flags that say the opposite of their setting.
 _NEGATED = {"cache": "--no-cache", "drop": "--no-drop"}
+_OTHER_NAMES = {"earlier": "--from"}
 # Options that are given once for each of their values; other lists are joined by commas.
 _REPEATED = ("exclude", "skip", "dump_after")
 
@@ -55,6 +56,7 @@ def command_of(configuration: Mapping[str, Any]) -> str | None:
 
 def _words(key: str, value: Any) -> list[str]:
     option = f"--{key.replace('_', '-')}"
+    option = _OTHER_NAMES.get(key, option)
     if isinstance(value, bool):
         return [_NEGATED.get(key, option)]
     if isinstance(value, list | tuple):

@@ -208,7 +208,7 @@ def _point(
     report: Report, item: EvaluationReport | FrontReport, label: str, *, chosen: bool = False, order: int = 0
 ) -> Point:
     below = _points_below(report, item.score)
-    met = _met(report, item, below)
+    met = getattr(item, "met", None)
     return Point(label, item.crossbars, item.loss, _text(report, item.score), below, met, chosen, order)
 
 
@@ -220,25 +220,3 @@ def _points_below(report: Report, score: ScoreReport) -> float | None:
     reference = next((item.selection for item in report.figures if item.label == "float"), None)
     mine, best = quality(score), None if reference is None else quality(reference)
     return None if mine is None or best is None else 100 * (best - mine)
-
-
-def _met(report: Report, item: EvaluationReport | FrontReport, below: float | None) -> bool | None:
-    goal = report.goal
-    if goal is None:
-        return None
-    limits = (
-        (goal.max_crossbars, item.crossbars),
-        (goal.max_latency_ns, getattr(item, "latency_ns", None)),
-        (goal.max_latency_cycles, getattr(item, "latency_cycles", None)),
-        (goal.max_energy_pj, getattr(item, "energy_pj", None)),
-        (goal.max_average_bits, getattr(item, "average_bits", None)),
-    )
-    for most, value in limits:
-        if most is None:
-            continue
-        if value is None:
-            # Costs other than crossbars are told of the front only.
-            return None
-        if value > most * (1 + 1e-9):
-            return False
-    return goal.max_accuracy_drop is None or (below is not None and below <= goal.max_accuracy_drop + 1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raqu_onnx.progress import BEST
-from raqu_onnx.search.result import points_below
+from raqu_onnx.search.result import goal_is_met, points_below
 
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
@@ -31,7 +31,7 @@ class BestSoFar:
     def see(self, evaluation: Evaluation) -> None:
         """Compare one more candidate."""
         below = points_below(self._reference, evaluation.score)
-        rank = self._rank(evaluation, below)
+        rank = self._rank(evaluation)
         if self._best is not None and rank >= self._best:
             return
         self._best = rank
@@ -40,9 +40,8 @@ class BestSoFar:
         missed = "; the goal is not met yet" if rank[0] else ""
         self._progress(f"{BEST}{crossbars}, {abs(below):.2f} points {side} float{missed}", 0, 1)
 
-    def _rank(self, evaluation: Evaluation, below: float) -> tuple[float, ...]:
-        """Smaller is better: what misses the goal last; then loss in a budget, else crossbars, then loss."""
-        budget, drop = self._goal.max_crossbars, self._goal.max_accuracy_drop
-        missed = (budget is not None and evaluation.crossbars > budget) or (drop is not None and below > drop + 1e-9)
-        by_crossbars = budget is None and not missed
-        return (float(missed), float(evaluation.crossbars) if by_crossbars else 0.0, evaluation.score.loss)
+    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """Smaller is better: what misses the goal last, by loss; else what is minimized, then loss."""
+        missed = bool(self._goal) and not goal_is_met(self._goal, self._reference, evaluation)
+        minimized = None if missed else self._goal.minimized
+        return (float(missed), 0.0 if minimized is None else evaluation.value(minimized), evaluation.score.loss)
