@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,58 +121,6 @@ def test_a_budget_is_kept_and_the_goal_met(cli: Cli, workspace: Path) -> None:
     assert found["figures"][-1]["crossbars"] <= wide - 3
     asked = {key: value for key, value in found["goal"].items() if value not in (None, False)}
     assert asked == {"max_crossbars": wide - 3}
-
-
-def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    from raqu_onnx.cli import main
-
-    for arguments, said in (
-        (["--help"], "COMMAND"),
-        (["--version"], "raqu-onnx "),
-        (["optimize", "--help"], "exit codes"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 0
-        assert said in capsys.readouterr().out
-    assert main([]) == 0
-    assert "COMMAND" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["optimize", "inspect", "validate", "simulate", "demo", "hw", "passes", "manifest"])
-def test_every_command_has_help_in_80_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    from raqu_onnx.cli import main
-
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
-    assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_help_starts_without_heavy_imports() -> None:
-    code = (
-        "import sys\n"
-        "from raqu_onnx.cli import main\n"
-        "try:\n    main(['optimize', '--help'])\n"
-        "except SystemExit:\n    pass\n"
-        "heavy = {'numpy', 'onnx', 'onnxruntime', 'scipy', 'skopt', 'rich', 'pydantic'} & set(sys.modules)\n"
-        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-
-
-def test_help_answers_at_once() -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "raqu_onnx", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3
 
 
 # --------------------------------------------------------------------------------------------------- settings, replay

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from raqu_onnx.cli import full_parser
+from raqu_onnx.cli import full_parser, main
 from raqu_onnx.config import OptimizeConfig
 
 # What an option that takes a number may count or measure.
@@ -76,3 +79,54 @@ def test_a_number_has_a_unit(action: argparse.Action) -> None:
     if numeric:
         said = f"{words(action)} {str(action.metavar).lower()}"
         assert any(re.search(rf"\b{unit}\b", said) for unit in UNITS), said
+
+
+def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--help"], "COMMAND"),
+        (["--version"], "raqu-onnx "),
+        (["optimize", "--help"], "exit codes"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert said in capsys.readouterr().out
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["optimize", "inspect", "validate", "simulate", "report", "demo", "hw", "passes", "manifest", "completion"],
+)
+def test_every_command_has_help_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_starts_without_heavy_imports() -> None:
+    code = (
+        "import sys\n"
+        "from raqu_onnx.cli import main\n"
+        "try:\n    main(['optimize', '--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'onnx', 'onnxruntime', 'scipy', 'skopt', 'rich', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "raqu_onnx", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3

@@ -20,9 +20,10 @@ _DESCRIPTION = """\
 Print a script that makes a shell complete commands, options, choices, chips,
 passes and files:
 
-  bash   raqu-onnx completion bash > ~/.local/share/bash-completion/completions/raqu-onnx
-  zsh    raqu-onnx completion zsh > DIR/_raqu-onnx, where DIR is in $fpath
-  fish   raqu-onnx completion fish > ~/.config/fish/completions/raqu-onnx.fish
+  raqu-onnx completion bash \\
+      > ~/.local/share/bash-completion/completions/raqu-onnx
+  raqu-onnx completion zsh > DIR/_raqu-onnx    # DIR is in $fpath
+  raqu-onnx completion fish > ~/.config/fish/completions/raqu-onnx.fish
 """
 # What is completed where an argument's metavar holds one of these words.
 _FILE_WORDS = ("FILE", "DATA", "MODEL")
