@@ -23,7 +23,9 @@ FILES = ["manifest.json", "model.onnx", "report.html", "report.json"]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """Of all files but the journal, which is there after a search only and tells how it was carried out."""
+    files = sorted(path for path in folder.iterdir() if path.name != "journal.jsonl")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def one_object(text: str) -> dict[str, Any]:
