@@ -83,6 +83,10 @@ class EarlierSearch:
         Raises:
             ConfigError: Model, chip or data are not those of the search, or there is no such point.
         """
+        if digest is None:
+            raise ConfigError(
+                "--choose: whether a model in memory is the one of the search cannot be told; give its path"
+            )
         if digest != self.manifest.model.source_sha256:
             raise ConfigError(f"--choose: the model is not the one of the search in {self.folder}; give that one")
         if chip != self.manifest.chip:

@@ -129,7 +129,7 @@ def optimize(
     path = model if isinstance(model, str | Path) else None
     with open_journal(folder, run_settings, resume=resume, force=force) as journal:
         if folder is not None:
-            replaced = force or (journal is not None and journal.continues)
+            replaced = force or (journal is not None and journal.is_unfinished)
             check_output(folder, force=replaced, source=_path(path))
         # Many small matrix products: threads of BLAS and onnxruntime would fight for the same cores.
         with naming_model(model), threadpool_limits(1, user_api="blas"), staged_folder(folder) as staging:

@@ -77,7 +77,10 @@ def open_pool(settings: OptimizeConfig, scratch: Path) -> Iterator[tuple[Optimiz
     elif settings.workers > 1 and _searches(settings):
         threads = settings.threads or max(1, default_threads() // settings.workers)
         local = LocalPool(settings.workers, threads, scratch)
-        yield _with(settings, local), local
+        try:
+            yield _with(settings, local), local
+        finally:
+            local.close()
     else:
         yield settings.model_copy(update={"batch": settings.batch or 1}), None
 
@@ -98,7 +101,7 @@ def search_warnings(found: SearchResult | None, run: SearchRun) -> list[str]:
         done = len(found.evaluations)
         warnings.append(
             f"the search came to its end after {run.timeout:g} seconds with {done} candidates judged; the same command "
-            "with --resume and more time goes on"
+            "with --resume --force and more time goes on"
         )
     if run.pool is not None and len(run.pool.processors) > 1:
         kinds = ", ".join(run.pool.processors)

@@ -329,3 +329,10 @@ def test_mistakes_take_one_line(
     refused: Callable[..., str], workspace: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     refused(workspace, (*RUN, *arguments), said)
+
+
+def test_of_all_that_meets_the_goal_the_least_is_written(cli: Cli, workspace: Path) -> None:
+    assert cli(*RUN, "--max-accuracy-drop", "4").code == 0
+    judged = json.loads((workspace / "out" / "report.json").read_text())["evaluations"]
+    meeting = [item["crossbars"] for item in judged if item["met"]]
+    assert [item["crossbars"] for item in judged if item["chosen"]] == [min(meeting)]

@@ -251,7 +251,8 @@ def test_a_finished_search_can_be_made_longer(cli: Cli, workspace: Path) -> None
     assert cli(*longer, "-o", "long").code == 0
     before = (workspace / "short" / JOURNAL_FILE).read_bytes()
     assert cli(*longer, "-o", "short").code == 2
-    assert cli(*longer, "-o", "short", "--resume").code == 0
+    assert cli(*longer, "-o", "short", "--resume").code == 2
+    assert cli(*longer, "-o", "short", "--resume", "--force").code == 0
     for name in FILES[:-1]:
         assert (workspace / "short" / name).read_bytes() == (workspace / "long" / name).read_bytes()
     assert (workspace / "short" / JOURNAL_FILE).read_bytes().startswith(before)
@@ -275,12 +276,12 @@ def test_a_search_without_time_writes_the_best_that_it_has(cli: Cli, workspace: 
     result = json.loads(ran.out)
     assert result["figures"][-1]["crossbars"] <= 9
     warning = next(text for text in result["warnings"] if text.startswith("the search came to its end after 0 seconds"))
-    assert warning.endswith("the same command with --resume and more time goes on")
+    assert warning.endswith("the same command with --resume --force and more time goes on")
     _, known = read_answers(workspace / "out" / JOURNAL_FILE)
     assert {kind for kind, _ in known} == {"score"}
     # With more time it becomes what it would have been.
     assert cli(*SEARCH, "-o", "whole", "--no-cache").code == 0
-    assert cli(*SEARCH, "-o", "out", "--resume", "--no-cache").code == 0
+    assert cli(*SEARCH, "-o", "out", "--resume", "--force", "--no-cache").code == 0
     for name in FILES[:-1]:
         assert (workspace / "out" / name).read_bytes() == (workspace / "whole" / name).read_bytes()
 

@@ -130,7 +130,7 @@ def test_the_integer_program_is_exact(data: st.DataObject) -> None:
     loss = np.array([[data.draw(numbers) for _ in range(widths.stop)] for _ in range(nodes)])
     cost = np.array([[data.draw(st.integers(1, 20)) for _ in range(widths.stop)] for _ in range(nodes)], float)
     budget = float(data.draw(st.integers(1, 40)))
-    found = cheapest_loss(loss, cost, widths, budget)
+    found = cheapest_loss(loss, [(cost, budget)], widths)
     rows = np.arange(nodes)
     fitting = [c for c in itertools.product(widths, repeat=nodes) if cost[rows, list(c)].sum() <= budget]
     if not fitting:
@@ -145,7 +145,7 @@ def test_the_integer_program_is_exact(data: st.DataObject) -> None:
 def test_an_impossible_width_is_never_chosen() -> None:
     loss = np.array([[0, 0, 5.0, 1.0]])
     cost = np.array([[np.inf, np.inf, 3.0, np.inf]])
-    assert cheapest_loss(loss, cost, range(2, 4), 10.0) == (2,)
+    assert cheapest_loss(loss, [(cost, 10.0)], range(2, 4)) == (2,)
 
 
 @settings(max_examples=40, deadline=None)

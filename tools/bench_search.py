@@ -27,7 +27,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -60,8 +60,10 @@ if TYPE_CHECKING:
 
 _BUDGETS = {"resnet20": "18,14,11", "mobilenetv2": "7,6,4"}
 _CALIBRATION_IMAGES = 512
-# Largest exponents of the factors that random and cold draw: those that the search may reach.
+# Largest exponents of the factors that random and cold draw, and those on dropping, the last of which drops nothing.
 _REACH = 8
+_DROPPING = (*range(-_REACH, _REACH + 1), 40)
+_MOST_TRIES = 50
 _UNSEEN = 9173
 
 Method = Callable[["Case"], Bits | None]
@@ -149,9 +151,21 @@ def integer(case: Case) -> Bits | None:
 
 def random(case: Case) -> Bits | None:
     """The best of random factors."""
+    return _best(case, _drawn(case, case.evaluations))
+
+
+def _drawn(case: Case, count: int) -> list[Bits]:
+    """Candidates of random factors, all different, fewer where hardly any are."""
     stage, generator = case.stage(), np.random.default_rng([case.seed, _UNSEEN])
-    vectors = generator.integers(-_REACH, _REACH + 1, (case.evaluations, len(case.problem.nodes) + 2)).tolist()
-    return _best(case, (stage.allocate(vector, case.budget) for vector in vectors))
+    found: dict[Bits, None] = {}
+    for _ in range(_MOST_TRIES * count):
+        if len(found) == count:
+            break
+        nodes = generator.integers(-_REACH, _REACH + 1, len(case.problem.nodes) + 1).tolist()
+        bits = stage.allocate([*nodes, int(generator.choice(_DROPPING))], case.budget)
+        if bits is not None:
+            found[bits] = None
+    return list(found)
 
 
 def cold(case: Case) -> Bits | None:
@@ -160,18 +174,22 @@ def cold(case: Case) -> Bits | None:
 
     stage = case.stage()
     optimizer = Optimizer(
-        [(-_REACH, _REACH)] * (len(case.problem.nodes) + 2), base_estimator="ET", random_state=case.seed
+        [*[(-_REACH, _REACH)] * (len(case.problem.nodes) + 1), (0, len(_DROPPING) - 1)],
+        base_estimator="ET",
+        random_state=case.seed,
     )
-    judged: list[Bits] = []
-    for _ in range(case.evaluations):
+    judged: dict[Bits, None] = {}
+    for _ in range(_MOST_TRIES * case.evaluations):
+        if len(judged) == case.evaluations:
+            break
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             vector = [int(value) for value in optimizer.ask()]
-            bits = stage.allocate(vector, case.budget)
+            bits = stage.allocate([*vector[:-1], _DROPPING[vector[-1]]], case.budget)
             if bits is not None:
-                judged.append(bits)
+                judged[bits] = None
             optimizer.tell(vector, 10.0 if bits is None else case.problem.score(bits).loss)
-    return _best(case, iter(judged))
+    return _best(case, list(judged))
 
 
 def ours(case: Case) -> Bits | None:
@@ -208,12 +226,8 @@ def _with_activations(case: Case, weights: tuple[int, ...]) -> Bits:
     return Bits(weights, widest_activations(case.problem))
 
 
-def _best(case: Case, candidates: Iterator[Bits | None]) -> Bits | None:
-    return min(
-        (bits for bits in candidates if bits is not None),
-        key=lambda bits: case.problem.score(bits).loss,
-        default=None,
-    )
+def _best(case: Case, candidates: list[Bits]) -> Bits | None:
+    return min(candidates, key=lambda bits: case.problem.score(bits).loss, default=None)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -246,14 +260,8 @@ def correlation(case: Case, count: int) -> float:
     """Spearman's correlation of objective and test KL over random candidates within the budget."""
     from scipy.stats import spearmanr
 
-    stage, generator = case.stage(), np.random.default_rng([case.seed, _UNSEEN])
-    pairs: dict[Bits, tuple[float, float]] = {}
-    while len(pairs) < count:
-        vector = generator.integers(-_REACH, _REACH + 1, len(case.problem.nodes) + 2).tolist()
-        bits = stage.allocate(vector, case.budget)
-        if bits is not None and bits not in pairs:
-            pairs[bits] = case.problem.score(bits).loss, case.test(bits).kl or math.nan
-    return float(spearmanr(np.array(list(pairs.values()))).statistic)
+    pairs = [(case.problem.score(bits).loss, case.test(bits).kl or math.nan) for bits in _drawn(case, count)]
+    return float(spearmanr(np.array(pairs)).statistic)
 
 
 def main() -> int:

@@ -69,8 +69,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the search for this folder that was stopped, or make one that ended longer (--evaluations); "
-        "the result is that of a run that never stopped",
+        help="go on with the search for this folder that was stopped, or with --force make one that ended longer "
+        "(--evaluations); the result is that of a run that never stopped",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     add_common(parser)

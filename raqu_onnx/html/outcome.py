@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from raqu_onnx.html.content import quality_text
@@ -192,7 +193,7 @@ def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
     place = 1 + sum(other < loss for other in ranked)
     return (
         f"{text}, and giving {width} bits to it alone adds {loss:.2g} to the loss: "
-        f"{_ordinal(place)} smallest of {len(ranked)} layers (the median is {ranked[len(ranked) // 2]:.2g})."
+        f"{_ordinal(place)} smallest of {len(ranked)} layers (the median is {median(ranked):.2g})."
     )
 
 

@@ -15,6 +15,8 @@ from raqu_onnx.search.fitting import within
 from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from raqu_onnx.search.budget import Budget
@@ -24,15 +26,15 @@ __all__ = ["cheapest_loss", "fit_to_budget", "kernel_widths", "solve_integer_pro
 
 
 def cheapest_loss(
-    loss: NDArray[np.float64], cost: NDArray[np.float64], widths: range, budget: float
+    loss: NDArray[np.float64], costs: Sequence[tuple[NDArray[np.float64], float]], widths: range
 ) -> tuple[int, ...] | None:
-    """Widths with the least sum of losses whose costs stay within a budget: a multiple-choice knapsack.
+    """Widths with the least sum of losses whose costs stay within budgets: a multiple-choice knapsack.
 
     Args:
         loss: Loss of each node at each width, shape (nodes, widths.stop).
-        cost: Cost of each node at each width, same shape; infinite where a width is impossible.
+        costs: Each a cost of each node at each width, same shape, infinite where a width is impossible, and the largest
+            total.
         widths: Widths that may be chosen.
-        budget: Largest total cost.
 
     Returns:
         One width per node, or None when no choice fits.
@@ -41,20 +43,21 @@ def cheapest_loss(
     from scipy.sparse import csr_array, kron
 
     nodes, choices = len(loss), len(widths)
-    flat_loss, flat_cost = loss[:, widths].reshape(-1), cost[:, widths].reshape(-1)
-    possible = np.isfinite(flat_cost)
+    flat_loss = loss[:, widths].reshape(-1)
+    flat = [(cost[:, widths].reshape(-1), most) for cost, most in costs]
+    possible = np.all([np.isfinite(cost) for cost, _ in flat], axis=0)
     scale = max(float(np.abs(flat_loss).max()), 1e-30)
-    unit = max(float(flat_cost[possible].max()), 1e-30)
     one_each = csr_array(kron(np.eye(nodes), np.ones((1, choices))))
+    limits = []
+    for cost, most in flat:
+        unit = max(float(cost[possible].max(initial=0.0)), 1e-30)
+        limits.append(LinearConstraint(np.where(possible, cost, 0.0)[None, :] / unit, -np.inf, most / unit))
     with no_native_output():
         result = milp(
             flat_loss / scale,
             integrality=np.ones(nodes * choices, np.int64),
             bounds=Bounds(0, possible.astype(float)),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(np.where(possible, flat_cost, 0.0)[None, :] / unit, -np.inf, budget / unit),
-            ],
+            constraints=[LinearConstraint(one_each, 1, 1), *limits],
             # A limit on nodes, not on time: the answer must not depend on how busy the machine is.
             options={"mip_rel_gap": 1e-6, "node_limit": 20_000},
         )
@@ -66,8 +69,8 @@ def cheapest_loss(
 def solve_integer_program(problem: Problem, loss: NDArray[np.float64], budget: Budget) -> tuple[int, ...] | None:
     """Weight widths of least additive loss that really fit a number of crossbars and bits on average.
 
-    The program counts cells (crossbars where each serves one node) or, where crossbars are not limited, bits; where
-    packing cannot use every cell, its budget shrinks until the placement fits.
+    The program counts cells (crossbars where each serves one node) and, where they are limited, bits; where packing
+    cannot use every cell, its budget of cells shrinks until the placement fits.
 
     Args:
         problem: Costs.
@@ -80,12 +83,12 @@ def solve_integer_program(problem: Problem, loss: NDArray[np.float64], budget: B
     for node, (low, high) in enumerate(limits):
         cost[node, :low] = cost[node, high + 1 : MAX_BITS + 1] = np.inf
     linear = _linear_budget(problem, budget.crossbars)
-    if linear == np.inf and budget.average_bits < np.inf:
+    others: list[tuple[NDArray[np.float64], float]] = []
+    if budget.average_bits < np.inf:
         sizes = np.array([float(node.weights) for node in problem.nodes])
-        cost = np.where(np.isfinite(cost), sizes[:, None] * np.arange(MAX_BITS + 1), np.inf)
-        linear = budget.average_bits * float(sizes.sum())
+        others = [(sizes[:, None] * np.arange(MAX_BITS + 1), budget.average_bits * float(sizes.sum()))]
     for _ in range(12):
-        weights = cheapest_loss(loss, cost, widths, linear)
+        weights = cheapest_loss(loss, [(cost, linear), *others], widths)
         if weights is None:
             return None
         if within(problem, Bits(weights, None), budget.static):

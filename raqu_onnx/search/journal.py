@@ -94,8 +94,13 @@ class Journal:
         return len(self._answers)
 
     @property
+    def is_unfinished(self) -> bool:
+        """A run that was stopped is gone on with: what it might replace, this one may."""
+        return self._resume and not self._fresh
+
+    @property
     def continues(self) -> bool:
-        """An earlier run is gone on with, whose files may be replaced."""
+        """An earlier run is gone on with."""
         return self._resume and (not self._fresh or (self._folder / JOURNAL_FILE).is_file())
 
     def _locked(self, mode: str) -> IO[bytes]:

@@ -158,14 +158,20 @@ class KernelStage:
 
     def _shares(self, vector: list[int], budget: Budget) -> list[Evaluation]:
         """Narrower weights, which leave more of an energy to activations, judged."""
-        found = []
+        if self._problem.clock.is_over():
+            return []
+        candidates: dict[Bits, None] = {}
         for most in _SHARES:
-            if most < budget.average_bits:
-                capped = replace(budget, average_bits=most)
-                bits = self.allocate(vector, capped)
-                if bits is not None:
-                    self._caps.setdefault(bits, most)
-                    found.append(self._problem.evaluate(bits, "kernel allocation"))
+            bits = self.allocate(vector, replace(budget, average_bits=most)) if most < budget.average_bits else None
+            if bits is not None:
+                self._caps.setdefault(bits, most)
+                candidates[bits] = None
+        self._problem.judge_ahead(list(candidates), "judging allocations")
+        found = []
+        for bits in candidates:
+            if self._problem.clock.is_over():
+                break
+            found.append(self._problem.evaluate(bits, "kernel allocation"))
         return found
 
     def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:

@@ -83,6 +83,12 @@ class LocalPool:
         joblib.dump(source(self.scratch), path)
         return _LocalJudges(self.workers, path)
 
+    def close(self) -> None:
+        """End the processes, which would else wait for more work with all that they hold in memory."""
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor(max_workers=self.workers).shutdown(wait=True, kill_workers=True)
+
 
 @dataclass
 class _LocalJudges:

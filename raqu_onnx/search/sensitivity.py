@@ -20,6 +20,9 @@ __all__ = ["Sensitivity", "measure_sensitivity"]
 
 T = TypeVar("T")
 
+# Times the largest loss measured that a width without a finite loss counts.
+_WORSE = 10.0
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -81,8 +84,13 @@ def _fill(table: NDArray[np.float64], found: list[tuple[int, int, float | None]]
     known: dict[int, list[float]] = {}
     for node, bits, loss in found:
         if loss is not None and base is not None:
-            table[node, bits] = loss - base
-            known.setdefault(bits, []).append(table[node, bits])
+            with np.errstate(invalid="ignore"):
+                table[node, bits] = np.float64(loss) - base
+            if np.isfinite(table[node, bits]):
+                known.setdefault(bits, []).append(table[node, bits])
+    # Some widths may give infinities: they are worse than all that can be measured, by how much nobody knows.
+    finite = table[np.isfinite(table)]
+    table[~np.isfinite(table)] = _WORSE * max(float(finite.max(initial=0.0)), 1.0)
     for node, bits, loss in found:
         if loss is None or base is None:
             # The power of rounding falls fourfold with each bit.

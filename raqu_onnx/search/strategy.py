@@ -114,15 +114,22 @@ def least(problem: Problem, stage: Stage, goal: Goal) -> Evaluation:
             high = min(middle, found.value(objective))
         else:
             low = middle + 1 if objective == "crossbars" else middle
-    return _push_further(problem, stage, goal, limits, best)
+    best = _push_further(problem, stage, goal, limits, best)
+    # Whatever was judged on the way: the goal asks for the least, not for what led there.
+    return _least_known(problem, goal, limits) or best
+
+
+def _least_known(problem: Problem, goal: Goal, limits: Budget) -> Evaluation | None:
+    """The least of the objective, and of the loss there, among candidates that meet the goal; None where none does."""
+    objective = goal.minimized or "crossbars"
+    meeting = [e for e in _known(problem, limits) if _meets(problem, goal, e)]
+    return min(meeting, key=lambda e: (e.value(objective), e.score.loss), default=None)
 
 
 def _first(problem: Problem, stage: Stage, goal: Goal, limits: Budget) -> Evaluation:
     """A candidate that meets the goal, with the least of the objective among those known; else the best there is."""
-    objective = goal.minimized or "crossbars"
-    meeting = [e for e in _known(problem, limits) if _meets(problem, goal, e)]
-    if meeting:
-        return min(meeting, key=lambda e: (e.value(objective), e.score.loss))
+    if (known := _least_known(problem, goal, limits)) is not None:
+        return known
     # No uniform width meets the target: mixed widths on the whole chip may, and lose least in any case.
     counts = [kind.count for kind in problem.chip.crossbars]
     whole = math.inf if None in counts else float(sum(count or 0 for count in counts))
