@@ -14,19 +14,19 @@ def can_lock() -> bool:
     return find_spec("fcntl") is not None
 
 
-def lock_file(stream: IO[Any] | int) -> bool:
+def lock_file(stream: IO[Any] | int) -> bool | None:
     """Take a file, or a folder given by its descriptor, for this process until it is closed.
 
     Returns:
-        False where another one holds it. True too where the system or the disk knows no such locks: work goes on
-        without.
+        True where it is ours now, False where another one holds it. None where the system or the disk knows no such
+        locks: work goes on without, and nothing is known of others.
     """
     if not can_lock():
-        return True
+        return None
     import fcntl
 
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True

@@ -120,17 +120,20 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
         staging = Path(tempfile.mkdtemp(prefix=_STAGING[0], suffix=_STAGING[1], dir=parent))
         lock = _open_folder(staging)
         # Between the two lines another run may have found it without a lock, and removed it.
-        if lock is None or (lock_file(lock) and staging.is_dir()):
+        if lock is None or (lock_file(lock) is not False and staging.is_dir()):
             return staging, lock
         os.close(lock)
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove temporary folders of runs that were killed: their locks are free."""
+    """Remove temporary folders of runs that were killed: their locks are free.
+
+    Where the disk knows no locks they stay, for they may be those of runs that go on.
+    """
     for staging in parent.glob(_STAGING[0] + "*" + _STAGING[1]):
         lock = _open_folder(staging)
         if lock is not None:
-            if lock_file(lock):
+            if lock_file(lock) is True:
                 shutil.rmtree(staging, ignore_errors=True)
             os.close(lock)
 

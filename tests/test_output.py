@@ -247,3 +247,18 @@ def test_what_killed_runs_left_behind_goes_and_what_others_write_stays(tmp_path:
     assert (tmp_path / "out" / "x").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "mine"}
     others[0].communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_where_the_disk_knows_no_locks_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with staged_folder(tmp_path / "out") as new:
+        fill(new, "x")
+        with staged_folder(tmp_path / "other"):
+            assert (new / "x").exists()
+    assert names(tmp_path) == ["out/x"]

@@ -110,7 +110,7 @@ class Journal:
             raise OutputError(
                 f"{self.path}: the journal cannot be written: {error.strerror}; name another folder with -o"
             ) from error
-        if not lock_file(stream):
+        if lock_file(stream) is False:
             stream.close()
             raise OutputError(
                 f"{self._folder}: another run is writing its results here; wait for it, or name another folder with -o"
