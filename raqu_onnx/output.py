@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["QONNX_FILE", "RESULT_FILES", "check_output", "staged_folder"]
+
+logger = logging.getLogger(__name__)
 
 #: The emitted model in the QONNX form, written on request.
 QONNX_FILE = "model.qonnx.onnx"
@@ -105,7 +108,8 @@ def staged_folder(folder: Path | None) -> Iterator[Path]:
         # The user knows the target, not where files wait.
         raise type(error)(str(error).replace(str(fresh), str(where))) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not _files(staging / "old"):
+            shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -128,20 +132,43 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
 def _remove_abandoned(parent: Path) -> None:
     """Remove temporary folders of runs that were killed: their locks are free.
 
-    Where the disk knows no locks they stay, for they may be those of runs that go on.
+    Where the disk knows no locks they stay, for they may be those of runs that go on. What a run had set aside when it
+    was killed while it published goes back first; the folder stays while something else has the place of a file.
     """
     for staging in parent.glob(_STAGING[0] + "*" + _STAGING[1]):
         lock = _open_folder(staging)
         if lock is not None:
-            if lock_file(lock) is True:
-                shutil.rmtree(staging, ignore_errors=True)
+            if lock_file(lock) is True and not staging.is_symlink():
+                if _put_back(staging / "old", parent):
+                    shutil.rmtree(staging, ignore_errors=True)
+                else:
+                    logger.warning("%s: holds files of an earlier result that a killed run was replacing", staging)
             os.close(lock)
+
+
+def _put_back(kept: Path, folder: Path) -> bool:
+    """Move what was set aside back to where nothing has its place; whether all of it went."""
+    for path in _files(kept):
+        target = folder / path.relative_to(kept)
+        with suppress(OSError):
+            if not os.path.lexists(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+    return not _files(kept)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder, links among them."""
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def _open_folder(path: Path) -> int | None:
     """A descriptor of a folder, None where the system gives none or the folder is not there or not ours."""
+    if not can_lock():
+        return None
     try:
-        return os.open(path, os.O_RDONLY) if can_lock() else None
+        # Others write in the folder for temporary files, too: what they left there is theirs.
+        return os.open(path, os.O_RDONLY) if path.lstat().st_uid == os.geteuid() else None
     except OSError:
         return None
 
@@ -159,8 +186,16 @@ class _Publication:
     def publish(self) -> None:
         try:
             self._move_all()
-        except BaseException:
+            if self._kept.exists():
+                # All has arrived: from here on what was set aside is no longer wanted back.
+                self._kept.rename(self._kept.with_name("replaced"))
+        except BaseException as error:
             self._restore()
+            if _files(self._kept):
+                raise OutputError(
+                    f"{self._folder}: cannot write, and what was replaced cannot be put back: it is in {self._kept}; "
+                    "the next run there tries again"
+                ) from error
             raise
 
     def _move_all(self) -> None:
@@ -203,10 +238,12 @@ class _Publication:
 
     def _restore(self) -> None:
         for target, kept in reversed(self._undo):
-            if kept is None:
-                target.unlink(missing_ok=True)
-            elif os.path.lexists(kept):
-                kept.rename(target)
+            # One that fails keeps no other from going back.
+            with suppress(OSError):
+                if kept is None:
+                    target.unlink(missing_ok=True)
+                elif os.path.lexists(kept):
+                    kept.rename(target)
         for path in reversed(self._made):
             with suppress(OSError):
                 path.rmdir()

@@ -96,7 +96,7 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "model.onnx").is_symlink()
 
 
-@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("failing", range(7))
 def test_a_failure_while_moving_is_undone(
     tmp_path: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
@@ -262,3 +262,53 @@ def test_where_the_disk_knows_no_locks_nothing_is_taken_for_abandoned(
         with staged_folder(tmp_path / "other"):
             assert (new / "x").exists()
     assert names(tmp_path) == ["out/x"]
+
+
+def abandon(folder: Path) -> Path:
+    """What a run leaves that is killed after it replaced the model and before the rest."""
+    staging = folder / ".raqu-killed.part"
+    fill(staging / "new", "report.json")
+    fill(staging / "old", "model.onnx", "dumps/00-tidy.onnx", "cells.npz", text="old")
+    return staging
+
+
+def test_what_a_killed_run_had_set_aside_goes_back(tmp_path: Path) -> None:
+    abandon(tmp_path)
+    with pytest.raises(KeyError), staged_folder(tmp_path):
+        raise KeyError
+    assert names(tmp_path) == ["cells.npz", "dumps/00-tidy.onnx", "model.onnx"]
+    assert {(tmp_path / name).read_text() for name in names(tmp_path)} == {"old"}
+    assert not list(tmp_path.glob(".raqu-*"))
+
+
+def test_what_a_killed_run_had_set_aside_stays_where_its_place_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    staging = abandon(tmp_path)
+    fill(tmp_path, "model.onnx")
+    with pytest.raises(KeyError), staged_folder(tmp_path):
+        raise KeyError
+    assert (tmp_path / "model.onnx").read_text() == "new"
+    assert (staging / "old" / "model.onnx").read_text() == "old"
+    assert (tmp_path / "cells.npz").read_text() == "old"
+    assert f"{staging}: holds files of an earlier result" in caplog.text
+
+
+def test_what_cannot_be_put_back_is_kept_and_comes_back_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "cells.npz", "model.onnx", text="old")
+    rename = Path.rename
+
+    def broken(self: Path, to: Path) -> Path:
+        if to.name == "model.onnx" and to.parent == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", broken)
+        with pytest.raises(OutputError, match=r"cannot be put back: it is in .*old; "), staged_folder(tmp_path) as new:
+            fill(new, "model.onnx")
+    assert (tmp_path / "cells.npz").read_text() == "old"
+    assert not (tmp_path / "model.onnx").exists()
+    with pytest.raises(KeyError), staged_folder(tmp_path):
+        raise KeyError
+    assert names(tmp_path) == ["cells.npz", "model.onnx"]
