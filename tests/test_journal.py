@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raqu_onnx import file_lock
 from raqu_onnx.errors import CheckError, ConfigError, OutputError
 from raqu_onnx.evaluation import Score
 from raqu_onnx.search import Bits
@@ -117,6 +118,39 @@ def test_two_runs_cannot_write_the_same_folder(tmp_path: Path) -> None:
         for options in ({}, {"resume": True}, {"force": True}):
             with pytest.raises(OutputError, match="another run is writing its results here; wait"):
                 Journal(tmp_path / "out", **options)
+
+
+def test_a_file_that_vanishes_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.journal.jsonl"
+    journal(tmp_path / "out")
+    lock = file_lock.lock_file
+
+    def late(stream: Any) -> bool | None:
+        # The other run ends here.
+        monkeypatch.setattr("raqu_onnx.search.journal.lock_file", lock)
+        path.unlink()
+        return lock(stream)
+
+    monkeypatch.setattr("raqu_onnx.search.journal.lock_file", late)
+    with Journal(tmp_path / "out") as found:
+        found.begin(IDENTITY)
+        assert path.exists()
+        with pytest.raises(OutputError, match="another run"):
+            Journal(tmp_path / "out", resume=True)
+
+
+def test_removing_the_file_of_a_run_loses_nothing_and_touches_no_other_run(tmp_path: Path) -> None:
+    path = tmp_path / "out.journal.jsonl"
+    with Journal(tmp_path / "out") as found:
+        found.begin(IDENTITY)
+        found.put("quick", BITS, 0.5)
+        path.unlink()
+        path.write_bytes(b"of another run")
+        found.put("score", BITS, Score(3))
+        found.finish(tmp_path)
+    _, known = read_answers(tmp_path / JOURNAL_FILE)
+    assert known == {("quick", BITS): 0.5, ("score", BITS): Score(3)}
+    assert path.read_bytes() == b"of another run"
 
 
 def test_a_journal_of_another_search_is_refused_and_kept(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 #: Name of the finished journal in the result folder.
 JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
+# How often a file may vanish while it is opened.
+_MOST_TRIES = 100
 # In the result folder, where nothing can be written beside it.
 _INSIDE = ".raqu-journal.jsonl"
 
@@ -76,12 +78,11 @@ class Journal:
         self._resume = resume
         self._force = force
         self._answers: dict[tuple[Kind, Bits], Answer] = {}
-        self._stream: IO[bytes] | None = None
         self._fresh = True
         self._made: list[Path] = []
         self.path = _place(folder)
-        if self.path.exists():
-            self._stream = self._locked("r+b")
+        self._stream = self._locked("r+b")
+        if self._stream is not None:
             self._fresh = not self._stream.read(1)
             if not self._fresh and not resume and not force:
                 self._stream.close()
@@ -103,10 +104,22 @@ class Journal:
         """An earlier run is gone on with."""
         return self._resume and (not self._fresh or (self._folder / JOURNAL_FILE).is_file())
 
-    def _locked(self, mode: str) -> IO[bytes]:
+    def _locked(self, mode: str) -> IO[bytes] | None:
+        """The file of this run alone; None where there is none and the mode makes none."""
+        for _ in range(_MOST_TRIES):
+            stream = self._opened(mode)
+            # The run that held it may have removed it between the opening and the lock.
+            if stream is None or _is_at(stream, self.path):
+                return stream
+            stream.close()
+        raise OutputError(f"{self.path}: others keep replacing the journal; name another folder with -o")
+
+    def _opened(self, mode: str) -> IO[bytes] | None:
         try:
             stream = self.path.open(mode)
         except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and mode == "r+b":
+                return None
             raise OutputError(
                 f"{self.path}: the journal cannot be written: {error.strerror}; name another folder with -o"
             ) from error
@@ -208,8 +221,17 @@ class Journal:
 
     def finish(self, folder: Path) -> None:
         """Write the finished journal among the results, where the search has begun."""
-        if self._stream is not None and self._answers:
-            (folder / JOURNAL_FILE).write_bytes(_read(self.path))
+        if self._stream is None or not self._answers:
+            return
+        try:
+            # Not by its name: someone may have removed the file meanwhile.
+            self._stream.seek(0)
+            content = self._stream.read()
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be read: {error.strerror}; go on with --resume, or start anew with --force"
+            ) from error
+        (folder / JOURNAL_FILE).write_bytes(content)
 
     def __enter__(self) -> Self:
         return self
@@ -227,7 +249,8 @@ class Journal:
         kept = (stopped and bool(self._answers)) or (error is not None and not self._fresh)
         if not kept:
             # Before the lock goes, so that nobody takes a file that is about to vanish.
-            self.path.unlink(missing_ok=True)
+            if _is_at(self._stream, self.path):
+                self.path.unlink(missing_ok=True)
             for path in reversed(self._made):
                 with suppress(OSError):
                     path.rmdir()
@@ -265,6 +288,14 @@ def _place(folder: Path) -> Path:
     if inside.exists() or absolute.is_mount() or closed:
         return inside
     return absolute.parent / f"{absolute.name}.journal.jsonl"
+
+
+def _is_at(stream: IO[bytes], path: Path) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> bytes:
