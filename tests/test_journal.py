@@ -34,7 +34,8 @@ FILES = ("model.onnx", "manifest.json", "report.json", "cells.npz")
 
 finite = st.floats(allow_nan=False)
 scores = st.builds(
-    Score, st.integers(1, 10**6), top1=st.none() | finite, agreement=st.none() | finite, kl=st.none() | finite,
+    Score, st.integers(1, 10**6), measured=st.none() | st.text(), value=st.none() | finite,
+    top1=st.none() | finite, agreement=st.none() | finite, kl=st.none() | finite,
     sqnr_db=st.none() | finite,
 )  # fmt: skip
 widths = st.integers(2, 8) | st.lists(st.integers(0, 8), min_size=1, max_size=5).map(tuple)
@@ -166,7 +167,26 @@ def test_a_journal_of_another_search_is_refused_and_kept(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "line", [b"{}", b"[]", b'{"kind":"quick"}', b"\xff", b'{"kind":"score","weights":[2],"value":1}']
+    "line",
+    [
+        b"{}",
+        b"[]",
+        b'{"kind":"quick"}',
+        b"\xff",
+        b'{"kind":"score","weights":[2],"value":1}',
+        b'{"kind":"nonsense","weights":[2],"activations":null,"value":1.0}',
+        b'{"kind":"quick","weights":[2],"activations":null,"value":"1.0"}',
+        b'{"kind":"quick","weights":[2],"activations":null,"value":true}',
+        b'{"kind":"quick","weights":[2],"activations":null,"value":1' + b"0" * 400 + b"}",
+        b'{"kind":"quick","weights":[true],"activations":null,"value":1.0}',
+        b'{"kind":"quick","weights":[2],"activations":[8.5],"value":1.0}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":"oops"}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"kl":"0.5"}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"measured":5}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"other":5}}',
+        b"[" * 200_000,
+    ],
+    ids=range(16),
 )
 def test_a_damaged_journal_is_refused(tmp_path: Path, line: bytes) -> None:
     lines = journal_lines(IDENTITY, {("score", BITS): Score(3)}).splitlines()

@@ -48,6 +48,8 @@ JOURNAL_FILE = "journal.jsonl"
 _VERSION = 1
 # How often a file may vanish while it is opened.
 _MOST_TRIES = 100
+# What is no float in a score.
+_NO_FLOATS = ("samples", "measured")
 # In the result folder, where nothing can be written beside it.
 _INSIDE = ".raqu-journal.jsonl"
 
@@ -322,9 +324,8 @@ def _parse(content: bytes, source: Path) -> tuple[Identity | None, dict[tuple[Ki
                 identity = _identity(entry)
             else:
                 bits = Bits(tuple(map(_unpacked, entry["weights"])), _activations(entry["activations"]))
-                value = Score(**entry["value"]) if entry["kind"] == "score" else float(entry["value"])
-                answers[entry["kind"], bits] = value
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                answers[entry["kind"], bits] = _value(entry["kind"], entry["value"])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise OutputError(
                 f"{source}: line {number} cannot be read, so the journal is damaged; start anew with --force"
             ) from error
@@ -356,8 +357,33 @@ def _packed(width: NodeWidth) -> int | str:
 
 
 def _unpacked(width: int | str) -> NodeWidth:
-    return width if isinstance(width, int) else tuple(map(int, width))
+    return tuple(map(int, width)) if isinstance(width, str) else _whole(width)
 
 
 def _activations(widths: list[int] | None) -> tuple[int, ...] | None:
-    return None if widths is None else tuple(map(int, widths))
+    return None if widths is None else tuple(map(_whole, widths))
+
+
+def _value(kind: str, value: Any) -> Answer:
+    if kind == "quick":
+        return _number(value)
+    if kind != "score":
+        raise ValueError(kind)
+    measured = value.get("measured")
+    if measured is not None and not isinstance(measured, str):
+        raise TypeError(measured)
+    others = {name: None if held is None else _number(held) for name, held in value.items() if name not in _NO_FLOATS}
+    return Score(_whole(value["samples"]), measured=measured, **others)
+
+
+def _whole(value: object) -> int:
+    # To Python a bool is an int.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
