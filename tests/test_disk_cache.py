@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,38 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "raqu-onnx"
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder() is None
+    cache = DiskCache(IDENTITY)
+    cache.keep_sensitivities(LOSSES)
+    cache.keep_curves([2], curves())
+    assert cache.sensitivities() == {}
+    assert cache.curves([2], ["a", "b/c"]) is None
+
+
+@pytest.mark.parametrize("line", [b"[" * 200_000, b'{"kind":"quick","weights":[2],"activations":null,"value":1%b}'])
+def test_lines_that_python_cannot_read_are_as_good_as_none(tmp_path: Path, line: bytes) -> None:
+    cache = DiskCache(IDENTITY, tmp_path)
+    cache.keep_sensitivities(LOSSES)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + line.replace(b"%b", b"0" * 400) + b"\n")
+    assert cache.sensitivities() == {}
+
+
+def test_half_written_files_of_killed_runs_go_and_those_being_written_stay(tmp_path: Path) -> None:
+    for name, age in ((".killed.part", 2 * 86400), (".live.part", 60)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    DiskCache(IDENTITY, tmp_path).keep_sensitivities(LOSSES)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".part"} == {".live.part"}
 
 
 def test_a_second_search_measures_no_sensitivity_and_finds_the_same(

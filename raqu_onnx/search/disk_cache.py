@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -35,14 +36,25 @@ logger = logging.getLogger(__name__)
 #: Bytes that all files may take; the curves of a ResNet-20 take 60 kB, its sensitivities 20 kB.
 MOST_BYTES = 256 << 20
 
+# A file that is being written is half-written for seconds; after a day whoever wrote it was killed.
+_MOST_WRITING_S = 24 * 3600
+_WAITING = (".", ".part")
+
 # What sensitivities depend on and error curves do not.
 _JUDGING = ("selection data", "sensitivity samples", "float activations", "batch size", "task")
 
 
-def cache_folder() -> Path:
-    """Where caches of this package lie: `raqu-onnx` in XDG_CACHE_HOME, or in the user's cache folder."""
+def cache_folder() -> Path | None:
+    """Where caches of this package lie: `raqu-onnx` in XDG_CACHE_HOME, or in the user's cache folder.
+
+    Returns:
+        None where nothing tells the user's folder, as in a container for a user without an entry in its passwd.
+    """
     named = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(named) if named else Path.home() / ".cache") / "raqu-onnx"
+    try:
+        return (Path(named) if named else Path.home() / ".cache") / "raqu-onnx"
+    except RuntimeError:
+        return None
 
 
 class DiskCache:
@@ -50,7 +62,7 @@ class DiskCache:
 
     Args:
         identity: What the numbers depend on.
-        folder: Where the files lie.
+        folder: Where the files lie; without one and without a folder of the user, nothing is kept or found.
         most_bytes: Bytes that all files there may take.
     """
 
@@ -63,6 +75,8 @@ class DiskCache:
     def sensitivities(self) -> dict[Bits, float]:
         """Losses on the sensitivity samples that were measured before."""
         path = self._path("sensitivities", self._identity, "jsonl")
+        if path is None:
+            return {}
         try:
             identity, answers = read_answers(path)
         except RaquError:
@@ -84,6 +98,8 @@ class DiskCache:
             names: The nodes.
         """
         path = self._path("curves", self._at(widths), "npz")
+        if path is None:
+            return None
         try:
             with np.load(path, allow_pickle=False) as held:
                 found = {
@@ -108,32 +124,37 @@ class DiskCache:
     def _at(self, widths: Sequence[int]) -> Identity:
         return {**self._curves, "widths": " ".join(map(str, widths))}
 
-    def _path(self, what: str, identity: Identity, suffix: str) -> Path:
-        return self._folder / f"{what}-{identity_digest(identity)}.{suffix}"
+    def _path(self, what: str, identity: Identity, suffix: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{what}-{identity_digest(identity)}.{suffix}"
 
-    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    def _write(self, path: Path | None, write: Callable[[IO[bytes]], object]) -> None:
         """A file that is there as a whole or not at all."""
+        if path is None:
+            return
         waiting = ""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, waiting = tempfile.mkstemp(prefix=".", suffix=".part", dir=self._folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, waiting = tempfile.mkstemp(prefix=_WAITING[0], suffix=_WAITING[1], dir=path.parent)
             with os.fdopen(handle, "wb") as stream:
                 write(stream)
             Path(waiting).replace(path)
-            self._bound()
+            self._bound(path.parent)
         except OSError as error:
             logger.info("%s: not written: %s", path, error)
             if waiting:
                 with suppress(OSError):
                     Path(waiting).unlink(missing_ok=True)
 
-    def _bound(self) -> None:
+    def _bound(self, folder: Path) -> None:
         """Remove what was not used for longest, and what runs that were killed left half-written."""
         files = []
-        for path in self._folder.iterdir():
+        for path in folder.iterdir():
             with suppress(OSError):
                 found = path.stat()
-                files.append((found.st_mtime, found.st_size, path))
+                if _is_waiting(path) and time.time() - found.st_mtime > _MOST_WRITING_S:
+                    path.unlink(missing_ok=True)
+                else:
+                    files.append((found.st_mtime, found.st_size, path))
         files.sort(reverse=True)
         total = 0
         for _, size, path in files:
@@ -141,6 +162,10 @@ class DiskCache:
             if total > self._most:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
+
+
+def _is_waiting(path: Path) -> bool:
+    return path.name.startswith(_WAITING[0]) and path.name.endswith(_WAITING[1])
 
 
 def _touch(path: Path) -> None:
