@@ -17,13 +17,17 @@ from hypothesis import strategies as st
 from raqu_onnx.cli.optimize import _overrides, add_parser
 from raqu_onnx.config import OptimizeConfig, load_config
 from raqu_onnx.data import PictureOptions
+from raqu_onnx.front import ScoreReport
 from raqu_onnx.html.command import changed_settings, command_of, given_in_memory
+from raqu_onnx.html.content import quality
 from raqu_onnx.html.floor_plan import floor_plan, ranges_text
+from raqu_onnx.html.outcome import loss_sentence
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
 from raqu_onnx.node_names import short_names
 from raqu_onnx.report import DataReport
+from raqu_onnx.scoring import Score
 
 if TYPE_CHECKING:
     from raqu_onnx.report import Report
@@ -218,6 +222,51 @@ def test_a_model_in_memory_has_no_command() -> None:
     configuration = OptimizeConfig(seed=3).model_dump(mode="json", by_alias=True)
     assert command_of(configuration) is None
     assert changed_settings(configuration) == {"seed": 3}
+
+
+# --------------------------------------------------------------------------------------------- the loss and quality
+
+NOTHING = ScoreReport(samples=8, top1=None, agreement=None, kl=None, sqnr_db=20.0, measured=None, value=None)
+CLASSES = NOTHING.model_copy(update={"agreement": 0.75, "kl": 0.5})
+LABELLED = CLASSES.model_copy(update={"top1": 0.5})
+
+
+def measured(score: ScoreReport, name: str, value: float | None) -> ScoreReport:
+    return score.model_copy(update={"measured": name, "value": value})
+
+
+@pytest.mark.parametrize(
+    ("score", "divergence", "counted"),
+    [
+        (NOTHING, False, ""),
+        (CLASSES, True, ""),
+        (LABELLED, True, "the share of wrong answers"),
+        (measured(LABELLED, "top-5", 0.875), True, "what top-5 lacks to 1"),
+        (measured(LABELLED, "top-1", 0.5), True, "the share of wrong answers"),
+        (measured(LABELLED, "agreement", 0.75), True, "the share of answers that are not the float model's"),
+        (measured(LABELLED, "KL", -0.5), True, ""),
+        (measured(LABELLED, "1 - noise/signal", 0.99), False, ""),
+        (measured(CLASSES, "m.py:f", 0.25), True, "what m.py:f lacks to 1"),
+        (measured(NOTHING, "m.py:f", 0.25), False, "what m.py:f lacks to 1"),
+    ],
+)
+def test_the_loss_is_told_as_it_is_added_up(score: ScoreReport, divergence: bool, counted: str) -> None:
+    said = loss_sentence(cast("Report", SimpleNamespace(evaluations=[SimpleNamespace(score=score)])))
+    assert ("KL divergence" in said) is divergence
+    assert ("power of the noise" in said) is not divergence
+    assert said.endswith(f" plus a tenth of {counted}." if counted else ("outputs." if divergence else "signal."))
+    # The words are those of the sum.
+    loss = Score(**score.model_dump()).loss
+    lacking = 1 - (score.value if score.value is not None else score.top1 or 0.0)
+    assert loss == pytest.approx((0.5 if divergence else 0.01) + (0.1 * lacking if counted else 0.0))
+
+
+def test_an_infinite_divergence_is_no_agreement() -> None:
+    assert quality(measured(LABELLED, "KL", None)) is None
+    assert quality(measured(LABELLED, "KL", -0.5)) == -0.5
+    assert quality(LABELLED) == 0.5
+    assert quality(CLASSES) == 0.75
+    assert quality(NOTHING) == pytest.approx(0.99)
 
 
 # --------------------------------------------------------------------------------------------------- names, colours

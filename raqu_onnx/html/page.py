@@ -82,6 +82,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         rows=outcome.rows(report),
         goal=outcome.goal_sentence(report),
         data=outcome.data_sentence(report),
+        loss=outcome.loss_sentence(report),
         fewest=outcome.fewest_bits_sentence(layers),
         adc=outcome.adc_sentence(layers, manifest.chip.adc_bits),
         colours=dict(zip([node.name for node in manifest.nodes], layer_colours(len(layers)), strict=True)),
