@@ -19,9 +19,8 @@ from raqu_onnx.weights import FitPart, WeightMethod
 if TYPE_CHECKING:
     from raqu_onnx.data import Dataset
     from raqu_onnx.hardware import Chip
-    from raqu_onnx.quantizer import QuantizerSettings
+    from raqu_onnx.search import ProgressCallback
     from raqu_onnx.search.problem import InParts
-from raqu_onnx.search import ProgressCallback
 
 __all__ = ["SearchBitsPass"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +70,20 @@ def test_the_point_that_was_written_gives_the_same_files(cli: Cli, report: dict[
     assert cli("optimize", "-o", "again", "--choose", report["chosen"], "--from", "out").code == 0
     for name in FILES:
         assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
+
+
+def test_the_page_says_that_a_point_was_chosen(cli: Cli, report: dict[str, Any]) -> None:
+    assert len(report["front"]) > 1
+    assert "earlier search" not in Path("out/report.html").read_text(encoding="utf-8")
+    assert cli("optimize", "-o", "k1", "--choose", 1, "--from", "out").code == 0
+    page = Path("k1/report.html").read_text(encoding="utf-8")
+    assert "Point 1 was chosen from an earlier search" in page
+    command = html.unescape(page.split('<pre id="command">')[1].split("</pre>")[0])
+    assert command.startswith("raqu-onnx optimize model.onnx --choose 1 --from SEARCH ")
+    # It is the command that makes the same files.
+    assert cli(*shlex.split(command.replace("SEARCH", "out"))[1:], "-o", "again").code == 0
+    for name in FILES:
+        assert Path("k1", name).read_bytes() == Path("again", name).read_bytes()
 
 
 def test_a_point_is_written_from_python(report: dict[str, Any]) -> None:

@@ -15,8 +15,12 @@ from typing import Any
 import onnx
 import pytest
 
+from raqu_onnx.data import PictureOptions
 from raqu_onnx.html import write_html
+from raqu_onnx.html.page import render_page
+from raqu_onnx.manifest import read_manifest
 from raqu_onnx.node_names import printable
+from raqu_onnx.report_files import read_report
 
 Cli = Callable[..., Any]
 
@@ -119,6 +123,15 @@ def test_the_page_tells_what_an_architect_asks(drawn: Path) -> None:
     assert {f"plot-{name}" for name in plots} < ids
     links = {str(attributes["href"])[1:] for tag, attributes in page.tags if tag == "a"}
     assert links <= ids
+
+
+def test_settings_that_are_tables_are_shown_with_their_values(drawn: Path) -> None:
+    manifest = read_manifest(drawn / "manifest.json")
+    pictures = PictureOptions(mean=(0.25, 0.5, 0.75), resize=256).model_dump(mode="json")
+    changed = manifest.model_copy(update={"configuration": {**manifest.configuration, "pictures": pictures}})
+    page = Page(render_page(changed, read_report(drawn / "report.json")))
+    assert "mean: 0.25, 0.5, 0.75; " in page.text
+    assert "resize: 256" in page.text
 
 
 def test_nothing_is_loaded_from_elsewhere(drawn: Path) -> None:

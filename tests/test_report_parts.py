@@ -6,7 +6,8 @@ import argparse
 import shlex
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -16,12 +17,20 @@ from hypothesis import strategies as st
 from raqu_onnx.cli.optimize import _overrides, add_parser
 from raqu_onnx.config import OptimizeConfig, load_config
 from raqu_onnx.data import PictureOptions
-from raqu_onnx.html.command import changed_settings, command_of
+from raqu_onnx.front import ScoreReport
+from raqu_onnx.html.command import changed_settings, command_of, given_in_memory
+from raqu_onnx.html.content import quality
 from raqu_onnx.html.floor_plan import floor_plan, ranges_text
+from raqu_onnx.html.outcome import loss_sentence
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
 from raqu_onnx.node_names import short_names
+from raqu_onnx.report import DataReport
+from raqu_onnx.scoring import Score
+
+if TYPE_CHECKING:
+    from raqu_onnx.report import Report
 
 # ---------------------------------------------------------------------------------------------------- the floor plan
 
@@ -99,7 +108,7 @@ def test_ranges_name_all_or_count_them(numbers: set[int]) -> None:
 # ------------------------------------------------------------------------------------------------------- the command
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
-NAMES = TEXT.filter(lambda text: not text.startswith("-"))
+NAMES = TEXT | TEXT.map("-{}".format)
 PATTERNS = st.lists(st.from_regex(r"[A-Za-z/._]{1,10}", fullmatch=True), min_size=1, max_size=3, unique=True)
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "hw": NAMES,
@@ -107,12 +116,13 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "selection": NAMES,
     "eval": NAMES,
     "max_crossbars": st.integers(1, 10**6),
-    "max_accuracy_drop": st.sampled_from([0.0, 0.25, 1.0, 12.5]),
+    "max_accuracy_drop": st.floats(0, 100),
     "weight_bits": st.sampled_from(["2-8", "4", "3-6"]),
     "activation_bits": st.sampled_from(["float", "4-8", 8]),
     "replicate": st.sampled_from(["chip", 7]),
     "partitions": st.sampled_from(["auto", 3]),
     "granularity": st.sampled_from(["layer", "group:8"]),
+    "fit_chip": st.just(True),
     "drop": st.booleans(),
     "equalize": st.booleans(),
     "cells": st.booleans(),
@@ -125,7 +135,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "passes": st.just("tidy,quantize-weights{weight_bits=4}"),
     "seed": st.integers(0, 99),
     "batch_size": st.integers(1, 99),
-    "pictures": st.fixed_dictionaries({}, optional={"size": st.just([32, 48]), "mean": st.just([0.5, 0.25, 0.125])}),
+    "pictures": st.fixed_dictionaries({}, optional={"size": st.just([32, 48]), "mean": st.just([-0.5, 1 / 3, 0.125])}),
 }
 
 
@@ -133,8 +143,7 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 @given(NAMES, st.fixed_dictionaries({}, optional=SETTINGS))
 def test_the_command_gives_the_same_configuration(model: str, given_settings: dict[str, Any]) -> None:
     config = OptimizeConfig.model_validate({"model": model, **given_settings})
-    written = config.model_dump(mode="json", by_alias=True, exclude={"output", "threads"})
-    command = command_of(written)
+    command = command_of(config.recorded)
     assert command is not None
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
@@ -150,7 +159,9 @@ def test_every_setting_has_an_option() -> None:
     optimize = parser.add_subparsers()
     add_parser(optimize)
     options = {name for action in optimize.choices["optimize"]._actions for name in action.option_strings}
-    for key, value in OptimizeConfig().model_dump(mode="json", by_alias=True, exclude={"model", "pictures"}).items():
+    for key, value in OptimizeConfig().recorded.items():
+        if key in ("model", "pictures"):
+            continue
         changed = not value if isinstance(value, bool) else "x"
         command = command_of({"model": "m.onnx", key: changed})
         assert command is not None
@@ -162,10 +173,100 @@ def test_what_only_a_file_can_say_has_no_command() -> None:
     assert command_of(configuration.model_dump(mode="json", by_alias=True)) is None
 
 
+def test_a_flag_that_is_off_is_not_printed_as_its_opposite() -> None:
+    configuration = OptimizeConfig(model="m.onnx", fit_chip=False, max_crossbars=7).recorded
+    assert command_of(configuration) == "raqu-onnx optimize m.onnx --max-crossbars 7"
+    # Without a goal, a chip with counts would be filled: only a file can say that it must not.
+    assert command_of(OptimizeConfig(model="m.onnx", fit_chip=False).recorded) is None
+
+
+def test_numbers_have_all_their_digits() -> None:
+    command = command_of(OptimizeConfig(model="m.onnx", max_accuracy_drop=0.123456789).recorded)
+    assert command == "raqu-onnx optimize m.onnx --max-accuracy-drop 0.123456789"
+
+
+def test_a_chosen_point_names_its_search_and_nothing_that_is_taken_from_it() -> None:
+    pictures = PictureOptions(resize=256)
+    config = OptimizeConfig(model="m.onnx", hw="chip.toml", seed=3, cells=True, fit_chip=False, pictures=pictures)
+    command = command_of(config.recorded, 2)
+    assert command == "raqu-onnx optimize m.onnx --choose 2 --from SEARCH --hw chip.toml --cells"
+
+
+def data(name: str, *, synthetic: bool = False) -> DataReport:
+    return DataReport(name=name, samples=8, labels=False, synthetic=synthetic, fitted=False)
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "used", "missing"),
+    [
+        ({}, ("synthetic", "synthetic", None), []),
+        ({"calibration": "c.npz"}, ("c.npz", "c.npz", None), []),
+        ({}, ("arrays", "arrays", None), ["calibration data"]),
+        ({"calibration": "c.npz"}, ("c.npz", "arrays", "arrays"), ["selection data", "evaluation data"]),
+        ({"model": None}, ("synthetic", "arrays", None), ["model", "selection data"]),
+    ],
+)
+def test_what_was_given_in_memory_is_named(
+    given_settings: dict[str, Any], used: tuple[str | None, ...], missing: list[str]
+) -> None:
+    roles = dict(zip(("calibration", "selection", "evaluation"), used, strict=True))
+    held = {role: None if name is None else data(name, synthetic=name == "synthetic") for role, name in roles.items()}
+    report = cast("Report", SimpleNamespace(data=held))
+    assert (
+        given_in_memory(OptimizeConfig.model_validate({"model": "m.onnx", **given_settings}).recorded, report)
+        == missing
+    )
+
+
 def test_a_model_in_memory_has_no_command() -> None:
     configuration = OptimizeConfig(seed=3).model_dump(mode="json", by_alias=True)
     assert command_of(configuration) is None
     assert changed_settings(configuration) == {"seed": 3}
+
+
+# --------------------------------------------------------------------------------------------- the loss and quality
+
+NOTHING = ScoreReport(samples=8, top1=None, agreement=None, kl=None, sqnr_db=20.0, measured=None, value=None)
+CLASSES = NOTHING.model_copy(update={"agreement": 0.75, "kl": 0.5})
+LABELLED = CLASSES.model_copy(update={"top1": 0.5})
+
+
+def measured(score: ScoreReport, name: str, value: float | None) -> ScoreReport:
+    return score.model_copy(update={"measured": name, "value": value})
+
+
+@pytest.mark.parametrize(
+    ("score", "divergence", "counted"),
+    [
+        (NOTHING, False, ""),
+        (CLASSES, True, ""),
+        (LABELLED, True, "the share of wrong answers"),
+        (measured(LABELLED, "top-5", 0.875), True, "what top-5 lacks to 1"),
+        (measured(LABELLED, "top-1", 0.5), True, "the share of wrong answers"),
+        (measured(LABELLED, "agreement", 0.75), True, "the share of answers that are not the float model's"),
+        (measured(LABELLED, "KL", -0.5), True, ""),
+        (measured(LABELLED, "1 - noise/signal", 0.99), False, ""),
+        (measured(CLASSES, "m.py:f", 0.25), True, "what m.py:f lacks to 1"),
+        (measured(NOTHING, "m.py:f", 0.25), False, "what m.py:f lacks to 1"),
+    ],
+)
+def test_the_loss_is_told_as_it_is_added_up(score: ScoreReport, divergence: bool, counted: str) -> None:
+    said = loss_sentence(cast("Report", SimpleNamespace(evaluations=[SimpleNamespace(score=score)])))
+    assert ("KL divergence" in said) is divergence
+    assert ("power of the noise" in said) is not divergence
+    assert said.endswith(f" plus a tenth of {counted}." if counted else ("outputs." if divergence else "signal."))
+    # The words are those of the sum.
+    loss = Score(**score.model_dump()).loss
+    lacking = 1 - (score.value if score.value is not None else score.top1 or 0.0)
+    assert loss == pytest.approx((0.5 if divergence else 0.01) + (0.1 * lacking if counted else 0.0))
+
+
+def test_an_infinite_divergence_is_no_agreement() -> None:
+    assert quality(measured(LABELLED, "KL", None)) is None
+    assert quality(measured(LABELLED, "KL", -0.5)) == -0.5
+    assert quality(LABELLED) == 0.5
+    assert quality(CLASSES) == 0.75
+    assert quality(NOTHING) == pytest.approx(0.99)
 
 
 # --------------------------------------------------------------------------------------------------- names, colours

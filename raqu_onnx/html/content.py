@@ -160,8 +160,10 @@ class Point:
 
 
 def quality(score: ScoreReport) -> float | None:
-    """Share of right answers, as `Score.quality`; None where nothing was measured that says so."""
-    for value in (score.value, score.top1, score.agreement):
+    """What counts as quality, as `Score.quality`; None where JSON could not hold it, as an infinite KL divergence."""
+    if score.measured is not None:
+        return score.value
+    for value in (score.top1, score.agreement):
         if value is not None:
             return value
     # An SQNR that JSON could not hold is infinite.

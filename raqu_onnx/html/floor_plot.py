@@ -22,6 +22,8 @@ __all__ = ["floor_plot"]
 
 # Rectangles up to which lines between them can be seen.
 _MOST_LINES = 3_000
+# Columns of a source by the edge of a rectangle that they hold, in the order in which plans hold edges.
+_EDGES = {"left": "left", "top": "top", "right": "right", "bottom": "bottom"}
 
 
 def floor_plot(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[str]) -> Any:
@@ -33,17 +35,17 @@ def floor_plot(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[st
     plot.grid.visible = False
     plot.min_border = 2
     plot.x_range.range_padding = plot.y_range.range_padding = 0.01
-    plot.quad(**_edges(plan.crossbars), fill_color=UNUSED, line_color=None, source=_corners_source(plan.crossbars))
+    plot.quad(**_EDGES, fill_color=UNUSED, line_color=None, source=_corners_source(plan.crossbars))
     source = ColumnDataSource(_block_columns(plan, layers, type_names))
     lines = {"line_color": "#ffffff", "line_width": 0.5, "line_alpha": 0.6}
     style = lines if len(plan.blocks) <= _MOST_LINES else {"line_color": None}
     colours = LinearColorMapper(palette=layer_colours(len(layers)) or ["#888888"], low=-0.5, high=len(layers) - 0.5)
     by_layer = plot.quad(
-        **_edges(plan.blocks), fill_color={"field": "layer", "transform": colours}, source=source, **style,
+        **_EDGES, fill_color={"field": "layer", "transform": colours}, source=source, **style,
         name="by-layer",
     )  # fmt: skip
     by_bits = plot.quad(
-        **_edges(plan.blocks), fill_color={"field": "bits", "transform": bits_colours()}, source=source, **style,
+        **_EDGES, fill_color={"field": "bits", "transform": bits_colours()}, source=source, **style,
         name="by-bits", visible=False,
     )  # fmt: skip
     tips = [
@@ -65,18 +67,14 @@ def floor_plot(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[st
     return plot
 
 
-def _edges(_boxes: NDArray[np.float32]) -> dict[str, str]:
-    return {"left": "left", "top": "top", "right": "right", "bottom": "bottom"}
-
-
 def _corners_source(boxes: NDArray[np.float32]) -> ColumnDataSource:
-    return ColumnDataSource({key: np.ascontiguousarray(boxes[:, index]) for index, key in enumerate(_edges(boxes))})
+    return ColumnDataSource({key: np.ascontiguousarray(boxes[:, index]) for index, key in enumerate(_EDGES)})
 
 
 def _block_columns(plan: FloorPlan, layers: Sequence[Layer], type_names: Sequence[str]) -> dict[str, Any]:
     """Half-open ranges as people count: from the first to the last, from 0 on."""
     return {
-        **{key: np.ascontiguousarray(plan.blocks[:, index]) for index, key in enumerate(_edges(plan.blocks))},
+        **{key: np.ascontiguousarray(plan.blocks[:, index]) for index, key in enumerate(_EDGES)},
         "layer": plan.nodes,
         "bits": plan.bits,
         "array": plan.arrays,

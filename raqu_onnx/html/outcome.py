@@ -8,16 +8,28 @@ from typing import TYPE_CHECKING
 
 from raqu_onnx.html.content import quality_text
 from raqu_onnx.results import describe_goal
+from raqu_onnx.scoring import KL, NOISE
 from raqu_onnx.search.result import Goal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from raqu_onnx.front import ScoreReport
     from raqu_onnx.html.content import Layer
     from raqu_onnx.manifest import CostEntry, Manifest
     from raqu_onnx.report import FiguresReport, Report
 
-__all__ = ["Card", "Row", "adc_sentence", "cards", "data_sentence", "fewest_bits_sentence", "goal_sentence", "rows"]
+__all__ = [
+    "Card",
+    "Row",
+    "adc_sentence",
+    "cards",
+    "data_sentence",
+    "fewest_bits_sentence",
+    "goal_sentence",
+    "loss_sentence",
+    "rows",
+]
 
 _METRIC_WORDS = {
     "top-1": "accuracy",
@@ -176,6 +188,26 @@ def data_sentence(report: Report) -> str:
             parts.append(f"{does} {'generated inputs' if item.synthetic else item.name}{count}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def loss_sentence(report: Report) -> str:
+    """What the search minimizes, in words: see `Score.loss`; empty where no candidate was judged."""
+    if not report.evaluations:
+        return ""
+    score = report.evaluations[0].score
+    # A divergence that JSON could not hold is infinite, but there are class scores, and so there is an agreement.
+    noise = score.agreement is None or score.measured == NOISE
+    basis = "power of the noise over that of the signal" if noise else "KL divergence from the float model's outputs"
+    return f"The loss that is minimized is the {basis}{_counted(score)}."
+
+
+def _counted(score: ScoreReport) -> str:
+    """What quality adds to the loss."""
+    named = score.measured or ("top-1" if score.top1 is not None else None)
+    if named in (None, KL, NOISE):
+        return ""
+    words = {"top-1": "the share of wrong answers", "agreement": "the share of answers that are not the float model's"}
+    return f" plus a tenth of {words.get(named, f'what {named} lacks to 1')}"
 
 
 def fewest_bits_sentence(layers: Sequence[Layer]) -> str:

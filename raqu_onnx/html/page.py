@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from raqu_onnx.errors import OutputError
 from raqu_onnx.html import outcome
-from raqu_onnx.html.command import changed_settings, command_of
+from raqu_onnx.html.command import changed_settings, chosen_earlier, command_of, given_in_memory
 from raqu_onnx.html.content import candidates, front_points, layers_of, uniform_points
 from raqu_onnx.html.floor_plan import floor_plan
 from raqu_onnx.html.palette import BITS, layer_colours
@@ -82,11 +82,14 @@ def render_page(manifest: Manifest, report: Report) -> str:
         rows=outcome.rows(report),
         goal=outcome.goal_sentence(report),
         data=outcome.data_sentence(report),
+        loss=outcome.loss_sentence(report),
         fewest=outcome.fewest_bits_sentence(layers),
         adc=outcome.adc_sentence(layers, manifest.chip.adc_bits),
         colours=dict(zip([node.name for node in manifest.nodes], layer_colours(len(layers)), strict=True)),
         bit_colours=list(enumerate(BITS)),
-        command=command_of(manifest.configuration),
+        command=command_of(manifest.configuration, chosen_earlier(report)),
+        chosen=chosen_earlier(report),
+        in_memory=given_in_memory(manifest.configuration, report),
         changed=changed_settings(manifest.configuration),
         title=_title(manifest),
     )
