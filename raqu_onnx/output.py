@@ -123,10 +123,11 @@ def _locked_folder(parent: Path) -> tuple[Path, int | None]:
     while True:
         staging = Path(tempfile.mkdtemp(prefix=_STAGING[0], suffix=_STAGING[1], dir=parent))
         lock = _open_folder(staging)
-        # Between the two lines another run may have found it without a lock, and removed it.
-        if lock is None or (lock_file(lock) is not False and staging.is_dir()):
+        # Before it was locked another run may have taken it for abandoned, and removed it.
+        if (lock is None or lock_file(lock) is not False) and staging.is_dir():
             return staging, lock
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_abandoned(parent: Path) -> None:

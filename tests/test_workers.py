@@ -18,13 +18,14 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from fake_judges import Deadly, Slow
 
 from raqu_onnx.data import Dataset, open_dataset, take
 from raqu_onnx.errors import WorkerError
 from raqu_onnx.search import Bits, SearchSettings
 from raqu_onnx.search.dask_pool import dask_pool
 from raqu_onnx.search.identity import environment
-from raqu_onnx.search.journal import Answer, Kind
+from raqu_onnx.search.journal import Answer
 from raqu_onnx.search.judge import Judge
 from raqu_onnx.search.judge_source import HeldDataset, JudgeSource
 from raqu_onnx.search.pools import LocalPool, judge_in_worker
@@ -195,30 +196,10 @@ def test_workers_end_with_the_run(workspace: Path, alone: dict[str, bytes], numb
     assert not list(workspace.glob(".raqu-*"))
 
 
-class Deadly:
-    """What kills every process that it is judged in."""
-
-    def build(self) -> Judge:
-        os._exit(9)
-
-
 def test_workers_that_always_die_are_given_up(tmp_path: Path) -> None:
     judges = LocalPool(2, 1, tmp_path).judges(lambda _: Deadly())  # type: ignore[arg-type, return-value]
     with pytest.raises(WorkerError, match=r"workers died 3 times in a row while .*than 2 --workers"):
         list(judges.answers("quick", [Bits((2,), None)], lambda: False))
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Judges whose answers come in another order than they were asked for."""
-
-    def build(self) -> Any:
-        return self
-
-    def answer(self, kind: Kind, bits: Bits) -> Answer:
-        assert kind == "quick"
-        time.sleep(0.3 if bits.weights[0] == 2 else 0.0)
-        return float(str(bits.weights[0]))
 
 
 def test_no_evaluation_is_begun_when_time_is_up(tmp_path: Path) -> None:
