@@ -1,7 +1,7 @@
 """A hook of mkdocs: writes the tables of keys from the typed models, so that they cannot go stale.
 
-Where a page says ``<!-- keys: NAME -->``, the tables of `chip`, `manifest` or `settings` come. `mkdocs.yml` names this
-file under `hooks`.
+Where a page says ``<!-- keys: NAME -->``, the tables of `chip`, `manifest` or `settings` come. `tools/mkdocs.yml` names
+this file under `hooks`.
 """
 
 from __future__ import annotations
