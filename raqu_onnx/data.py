@@ -91,7 +91,11 @@ def open_dataset(
 
 
 def take(dataset: Dataset, samples: int) -> Dataset:
-    """The first samples of a dataset, or all where it has no more.
+    """Samples spread over a whole dataset, or all where it has no more than are wanted.
+
+    Data often lies class by class, or scene by scene: its first samples would be those of a few. From each of as many
+    stretches of equal length as samples are wanted, one is drawn, always the same; every n-th sample would follow
+    data whose classes take turns. Of a stream whose length is not known, the first samples are taken.
 
     Args:
         dataset: Where to take them from.
@@ -102,10 +106,15 @@ def take(dataset: Dataset, samples: int) -> Dataset:
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}, must be at least 1")
-    count = -(-samples // dataset.unit) * dataset.unit
-    if dataset.size is not None:
-        count = min(count, dataset.size)
-    return _View(dataset, np.arange(count))
+    wanted = -(-samples // dataset.unit)
+    if dataset.size is None:
+        return _View(dataset, np.arange(wanted * dataset.unit))
+    units = dataset.size // dataset.unit
+    if wanted >= units:
+        return _View(dataset, np.arange(units * dataset.unit))
+    edges = np.arange(wanted + 1) * units // wanted
+    drawn = np.random.default_rng(wanted).integers(edges[:-1], edges[1:])
+    return _View(dataset, _samples_of_units(drawn, dataset.unit))
 
 
 def split(dataset: Dataset, first: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -109,6 +109,11 @@ class ModelQuantizer:
         """Parts of the weight method that are left out."""
         return self.settings.without
 
+    @property
+    def fit_data(self) -> Dataset | None:
+        """What `fit_sequentially` chose of the calibration data, None where nodes are fitted one by one."""
+        return None if self._sequential is None else self._sequential.dataset
+
     def fit_sequentially(self, model: ir.Model, dataset: Dataset) -> None:
         """From now on `quantize_model` fits each node to the inputs that the nodes before it produce.
 

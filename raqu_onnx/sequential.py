@@ -55,9 +55,12 @@ class SequentialQuantizer:
         model: The tidied float model.
         quantizer: Ranges of activations, and the weights and biases to start from.
         dataset: Calibration inputs.
-        samples: Most samples to fit on; fewer where their activations would not fit into memory.
+        samples: Most samples to fit on, spread over the data; fewer where their activations would not fit into memory.
         threads: Threads for onnxruntime, None for all.
         memory_bytes: What activations may take.
+
+    Attributes:
+        dataset: The inputs that are fitted on.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class SequentialQuantizer:
         self._feeds, _ = _feeds(take(dataset, 1))
         alive, total = self._bytes_per_unit()
         units = min(-(-samples // dataset.unit), max(_FEWEST_SAMPLES, memory_bytes // (2 * max(1, alive))))
-        self._feeds, count = _feeds(take(dataset, units * dataset.unit))
+        self.dataset = take(dataset, units * dataset.unit)
+        self._feeds, count = _feeds(self.dataset)
         self._shrinkage = default_shrinkage(max(1, count))
         units = min(units, -(-count // dataset.unit))
         self._kept = list(self._float_targets()) if total * units <= memory_bytes // 2 else None

@@ -158,15 +158,33 @@ def test_split_depends_on_the_seed_and_needs_two_samples():
         split(dataset, 1.0, 0)
 
 
-def test_take_gives_the_first_samples_and_views_nest():
+def test_take_spreads_samples_over_the_data_and_views_nest():
     dataset = open_dataset({"input": images(9)}, IMAGE)
-    assert ids(take(dataset, 4)) == [0, 1, 2, 3]
+    low, middle, high = ids(take(dataset, 3))
+    assert low < 3 <= middle < 6 <= high
+    assert ids(take(dataset, 3)) == [low, middle, high]
     assert ids(take(dataset, 99)) == list(range(9))
-    low, _ = split(take(dataset, 6), 0.5, 3)
-    assert ids(take(low, 2)) == ids(low)[:2]
-    assert set(ids(low)) < set(range(6))
+    first, _ = split(take(dataset, 6), 0.5, 3)
+    assert set(ids(take(first, 2))) < set(ids(first)) < set(ids(take(dataset, 6)))
     with pytest.raises(ValueError, match="samples is 0"):
         take(dataset, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 30), st.integers(1, 300))
+def test_take_draws_one_sample_of_every_stretch(classes, each, wanted):
+    dataset = open_dataset({"input": images(classes * each)}, IMAGE)
+    drawn = np.array(ids(take(dataset, wanted)))
+    assert len(drawn) == min(wanted, classes * each)
+    assert (np.diff(drawn) > 0).all()
+    # No stretch of the data is left out, and so no class of data that lies class by class.
+    assert np.bincount(drawn // each, minlength=classes).min() >= min(1, wanted // (2 * classes))
+
+
+def test_take_does_not_follow_classes_that_take_turns():
+    dataset = open_dataset({"input": images(1000)}, IMAGE)
+    drawn = np.array(ids(take(dataset, 100)))
+    assert len(set(drawn % 10)) == 10
 
 
 class Minimal(Dataset):

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from raqu_onnx.annotations import CALIBRATION
-from raqu_onnx.data import take
 from raqu_onnx.data_base import Batch, Dataset
 from raqu_onnx.quantizer import ModelQuantizer
 from raqu_onnx.search.judge import Judge
@@ -134,10 +132,9 @@ class JudgeSource:
             folder: Where data is written for processes of this machine; it travels along without one.
         """
         source = session_model(model)
-        calibration, held = CALIBRATION.get(model), None
-        if quantizer.settings.weight_method == "sequential" and calibration is not None:
-            units = -(-quantizer.settings.fit_samples // calibration.unit)
-            held = HeldDataset(take(calibration, units * calibration.unit), _FIT_BATCH, folder)
+        # What the quantizer took, not the data that it took it from: others might take other samples.
+        fit_data = quantizer.fit_data
+        held = None if fit_data is None else HeldDataset(fit_data, _FIT_BATCH, folder)
         return cls(
             source.proto,
             {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in source.weights.items()},
