@@ -16,7 +16,6 @@ class JointMoments:
     """Sums over pairs of an input vector `x` and the output `t` that is wanted for it.
 
     Sums are taken around the means of the first vectors, so that means far from 0 cost the float32 sums no digits.
-    Pairs may have weights, which count as so many pairs.
 
     Args:
         x: The first input vectors, shape (P, G, K).
@@ -34,33 +33,21 @@ class JointMoments:
         self._xx = np.zeros((groups, rows, rows), np.float32)
         self._xt = np.zeros((groups, rows, kernels), np.float32)
         self._tt = np.zeros((groups, kernels))
-        # Sum of the weights of each group.
-        self._mass = np.zeros((groups, 1))
 
-    def update(self, x: NDArray[Any], t: NDArray[Any], weights: NDArray[np.float32] | None = None) -> None:
-        """Add pairs.
-
-        Args:
-            x: Input vectors, shape (P, G, K).
-            t: The outputs wanted for them, shape (P, G, M).
-            weights: Weight of each pair in each group, shape (P, G); 1 where it is None.
-        """
-        inputs, outputs = (
+    def update(self, x: NDArray[Any], t: NDArray[Any]) -> None:
+        """Add pairs, of shapes (P, G, K) and (P, G, M)."""
+        parts = [
             np.ascontiguousarray(part.transpose(1, 0, 2), np.float32) - origin[:, None, :]
             for part, origin in zip((x, t), self._origins, strict=True)
-        )
+        ]
+        for total, part in zip(self._totals, parts, strict=True):
+            total += part.sum(1, dtype=np.float64)
+        left = parts[0].transpose(0, 2, 1)
         # Squares may overflow, which `finite` tells.
         with np.errstate(over="ignore", invalid="ignore"):
-            left, right = inputs, outputs
-            if weights is not None:
-                shares = np.ascontiguousarray(weights.T, np.float32)[:, :, None]
-                left, right = inputs * shares, outputs * shares
-            for total, part in zip(self._totals, (left, right), strict=True):
-                total += part.sum(1, dtype=np.float64)
-            self._xx += left.transpose(0, 2, 1) @ inputs
-            self._xt += left.transpose(0, 2, 1) @ outputs
-            self._tt += (right * outputs).sum(1, dtype=np.float64)
-        self._mass += len(x) if weights is None else weights.sum(0, dtype=np.float64)[:, None]
+            self._xx += left @ parts[0]
+            self._xt += left @ parts[1]
+            self._tt += np.square(parts[1]).sum(1, dtype=np.float64)
         self.count += len(x)
 
     def merged(self, other: JointMoments) -> JointMoments:
@@ -70,7 +57,6 @@ class JointMoments:
         both._origins = self._origins
         both._totals = self._totals[0] + other._totals[0], self._totals[1] + other._totals[1]
         both._xx, both._xt, both._tt = self._xx + other._xx, self._xt + other._xt, self._tt + other._tt
-        both._mass = self._mass + other._mass
         return both
 
     def empty(self) -> JointMoments:
@@ -79,7 +65,7 @@ class JointMoments:
         fresh.count, fresh._origins = 0, self._origins
         fresh._totals = np.zeros_like(self._totals[0]), np.zeros_like(self._totals[1])
         fresh._xx, fresh._xt = np.zeros_like(self._xx), np.zeros_like(self._xt)
-        fresh._tt, fresh._mass = np.zeros_like(self._tt), np.zeros_like(self._mass)
+        fresh._tt = np.zeros_like(self._tt)
         return fresh
 
     @property
@@ -90,25 +76,19 @@ class JointMoments:
     @property
     def means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Means of inputs and of outputs, shapes (G, K) and (G, M)."""
-        mass = self._divisor
-        x, t = (origin + total / mass for origin, total in zip(self._origins, self._totals, strict=True))
+        x, t = (origin + total / max(1, self.count) for origin, total in zip(self._origins, self._totals, strict=True))
         return x, t
-
-    @property
-    def _divisor(self) -> NDArray[np.float64]:
-        """What sums are divided by, shape (G, 1)."""
-        return np.where(self._mass > 0, self._mass, 1.0)
 
     def around(
         self, centre: tuple[NDArray[np.float64], NDArray[np.float64]]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean of `x x^T` and of `x t^T` around given points, shapes (G, K, K) and (G, K, M)."""
-        mass = self._divisor
-        x, t = (total / mass for total in self._totals)
+        count = max(1, self.count)
+        x, t = (total / count for total in self._totals)
         # How far the centre lies from the origins of the sums.
         a, b = (point - origin for point, origin in zip(centre, self._origins, strict=True))
-        xx = self._xx / mass[:, :, None] - _outer(x, a) - _outer(a, x) + _outer(a, a)
-        xt = self._xt / mass[:, :, None] - _outer(x, b) - _outer(a, t) + _outer(a, b)
+        xx = self._xx / np.float64(count) - _outer(x, a) - _outer(a, x) + _outer(a, a)
+        xt = self._xt / np.float64(count) - _outer(x, b) - _outer(a, t) + _outer(a, b)
         return xx, xt
 
     def error(
@@ -116,9 +96,9 @@ class JointMoments:
     ) -> NDArray[np.float64]:
         """Mean of `(t - W^T x)^2` for a weight of shape (G, K, M), both taken around given points, shape (G, M)."""
         xx, xt = self.around(centre)
-        mass = self._divisor
+        count = max(1, self.count)
         shift = centre[1] - self._origins[1]
-        power = self._tt / mass - 2 * shift * self._totals[1] / mass + np.square(shift)
+        power = self._tt / count - 2 * shift * self._totals[1] / count + np.square(shift)
         return np.asarray(power + np.einsum("gkm,gkm->gm", xx @ weight - 2 * xt, weight))
 
     def covariance(self, *, centred: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -14,7 +14,6 @@ import onnx
 from onnx import helper
 
 from raqu_onnx.evaluation import make_session, run_feeds
-from raqu_onnx.gates import open_range
 from raqu_onnx.session_model import SessionModel, session_model
 from raqu_onnx.simulation import names_in_bodies
 
@@ -41,8 +40,6 @@ class Step:
         partner: The value that is added to the node's output and nothing else, where it is known before the node
             runs, as at the end of a residual block; None where there is no such value.
         partner_needs: Known values that the partner is computed from.
-        passes: Range within which changes of the node's output reach anything: what follows cuts the rest off, as Relu
-            does. None where everything passes, or nothing is known.
     """
 
     node: MappedNode
@@ -50,7 +47,6 @@ class Step:
     spent: tuple[str, ...]
     partner: str | None = None
     partner_needs: tuple[str, ...] = ()
-    passes: tuple[float, float] | None = None
 
 
 class NodeRunner:
@@ -92,14 +88,7 @@ class NodeRunner:
             last.update(dict.fromkeys((*needs, *behind, node.input_name), index))
             last.setdefault(node.output_name, index)
         return tuple(
-            Step(
-                node,
-                needs,
-                tuple(sorted(name for name, step in last.items() if step == i)),
-                partner,
-                behind,
-                open_range(node.output_name, readers, self._initializers),
-            )
+            Step(node, needs, tuple(sorted(name for name, step in last.items() if step == i)), partner, behind)
             for i, (node, (needs, partner, behind)) in enumerate(zip(nodes, plans, strict=True))
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,29 +45,7 @@ _BATCH = 32
 _FEWEST_SAMPLES = 8
 _MEMORY_BYTES = 2 << 30
 
-# Weight of outputs that Relu or Clip cuts off: errors may still bring them back.
-_CUT_OFF = 0.1
-
 Values = dict[str, list[Any]]
-
-
-class _FitData(NamedTuple):
-    """What a node is fitted on, batch by batch.
-
-    Attributes:
-        arriving: Inputs that arrive.
-        wanted: Outputs that are wanted for them.
-        weights: How much each output matters, None where all matter alike.
-    """
-
-    arriving: list[NDArray[Any]]
-    wanted: list[NDArray[Any]]
-    weights: list[NDArray[np.float32]] | None
-
-    def batches(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[np.float32] | None]]:
-        """Each batch of all three."""
-        weights: Sequence[NDArray[np.float32] | None] = self.weights or [None] * len(self.wanted)
-        yield from zip(self.arriving, self.wanted, weights, strict=True)
 
 
 class SequentialQuantizer:
@@ -168,8 +146,7 @@ class SequentialQuantizer:
             # What is added to the output is quantized too: what is wanted of the node is the rest.
             partner = self._partner(step, values, total)
             wanted = [a if b is None else a - b for a, b in zip(total, partner, strict=True)]
-            data = _FitData(x, wanted, self._weights(step, total))
-            quantized = self._fit(name, bits[name], data, (stored or {}).get(name))
+            quantized = self._fit(name, bits[name], x, wanted, (stored or {}).get(name))
             done[name] = quantized
             bias = _bias_or_zeros(quantized.real_bias(), step.node) if step.node.op_type != "MatMul" else None
             values[step.node.output_name] = self._runner.run(step, x, quantized.weight(), bias)
@@ -180,11 +157,12 @@ class SequentialQuantizer:
         self,
         name: str,
         bits: NodeBits,
-        data: _FitData,
+        arriving: list[NDArray[Any]],
+        wanted: list[NDArray[Any]],
         stored: NDArray[np.bool_] | None,
     ) -> QuantizedNode:
         source = self._quantizer.sources[name]
-        sums = self._sums(source, data)
+        sums = self._sums(source, arriving, wanted)
         if sums is None:
             return self._quantizer.quantize(name, bits, stored)
         used, held_out = sums
@@ -205,19 +183,9 @@ class SequentialQuantizer:
             shrinkage = replace(shrinkage, ridge=math.inf)
         return make_target(weight, moments, shrinkage, centred=self._quantizer.absorbs_mean(source))
 
-    def _weights(self, step: Step, total: list[NDArray[Any]]) -> list[NDArray[np.float32]] | None:
-        """How much each output matters, None where all matter alike.
-
-        What Relu or Clip cuts off hardly matters. Kernels that share their inputs share the moments of these, so that
-        only a node with one kernel in each group, as a depthwise convolution has, can tell its kernels apart.
-        """
-        one_each = step.node.layout.kernels == 1 and step.node.layout.groups > 1
-        if step.passes is None or not one_each or "activity" in self._quantizer.without:
-            return None
-        low, high = step.passes
-        return [np.where((y > low) & (y < high), 1.0, _CUT_OFF).astype(np.float32) for y in total]
-
-    def _sums(self, source: NodeSource, data: _FitData) -> tuple[JointMoments, JointMoments | None] | None:
+    def _sums(
+        self, source: NodeSource, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]]
+    ) -> tuple[JointMoments, JointMoments | None] | None:
         """Sums over the vectors to fit on, and where they are few, over those of the last samples, which are held out.
 
         None where the node has too many rows, no inputs, or values whose squares overflow.
@@ -228,31 +196,28 @@ class SequentialQuantizer:
         enough = max(_FEWEST_VECTORS, _VECTORS_PER_ROW * node.layout.rows)
         # Weights are fitted to what is wanted of them alone.
         bias = _bias_or_zeros(source.bias, node).reshape(node.layout.groups, node.layout.kernels)
-        samples = sum(len(batch) for batch in data.arriving)
+        samples = sum(len(batch) for batch in arriving)
         if not samples:
             # A selection that the data decides may leave nothing.
             return None
         # Data that comes in groups, such as crops of one photograph, mostly comes group by group: the end is the best
         # guess at what other data looks like.
-        few = (
-            "shrinkage" not in self._quantizer.without and _vectors(node, data.wanted) < _FEW_PER_ROW * node.layout.rows
-        )
+        few = "shrinkage" not in self._quantizer.without and _vectors(node, wanted) < _FEW_PER_ROW * node.layout.rows
         first = samples - samples // _HELD_OUT if few else samples
         used: JointMoments | None = None
         held_out: JointMoments | None = None
         seen = 0
-        for x, t, w in data.batches():
+        for x, t in zip(arriving, wanted, strict=True):
             # In proportion: a last batch of one sample must not weigh as much as a whole one.
             limit = -(-enough * len(x) // samples)
             vectors, outputs = input_vectors(node, x, limit=limit), output_vectors(node, t, limit=limit) - bias
-            weights = None if w is None else output_vectors(node, w, limit=limit)[:, :, 0]
             if used is None or held_out is None:
                 used = JointMoments(vectors, outputs)
                 held_out = used.empty()
             # Vectors lie in the order of their samples.
             cut = len(vectors) * min(len(x), max(0, first - seen)) // max(1, len(x))
-            for sums, part in ((used, slice(cut)), (held_out, slice(cut, None))):
-                sums.update(vectors[part], outputs[part], None if weights is None else weights[part])
+            used.update(vectors[:cut], outputs[:cut])
+            held_out.update(vectors[cut:], outputs[cut:])
             seen += len(x)
         if used is None or not used.finite or held_out is None or not held_out.finite:
             return None

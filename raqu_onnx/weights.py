@@ -23,8 +23,7 @@ They are made of parts (`FitPart`), each of which can be left out to see what it
 * ``targets``: nodes are fitted to the float output, not to the float weight (of ``sequential``);
 * ``residuals``: the target of a node whose output is added to another value includes that value's error (likewise);
 * ``shrinkage``: where a node has few vectors for its rows, those held out decide how far its moments are trusted
-  (likewise);
-* ``activity``: outputs of depthwise nodes that Relu or Clip cuts off weigh less (likewise).
+  (likewise).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["FIT_PARTS", "METHOD_PARTS", "FitPart", "FittedWeights", "Target", "WeightFitter", "WeightMethod"]
 
 WeightMethod = Literal["nearest", "mse", "gptq", "sequential"]
-FitPart = Literal["bias", "scales", "polish", "refit", "targets", "residuals", "shrinkage", "activity"]
+FitPart = Literal["bias", "scales", "polish", "refit", "targets", "residuals", "shrinkage"]
 FIT_PARTS: tuple[FitPart, ...] = get_args(FitPart)
 #: The parts that each method has in a run; `nearest` needs no moments there and has none to centre.
 METHOD_PARTS: Mapping[WeightMethod, frozenset[FitPart]] = MappingProxyType(

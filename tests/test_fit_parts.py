@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from raqu_onnx.quantized import QuantizedNode
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
-SEQUENTIAL_PARTS: tuple[FitPart, ...] = ("targets", "residuals", "shrinkage", "activity")
+SEQUENTIAL_PARTS: tuple[FitPart, ...] = ("targets", "residuals", "shrinkage")
 
 
 def inputs(samples: int, seed: int, channels: int = 6, size: int = 6) -> np.ndarray:
@@ -66,24 +66,6 @@ def linear_net(seed: int = 0) -> ir.Model:
     )
     for name, shape in {"w": (64, 64), "b": (64,), "v": (8, 64), "c": (8,)}.items():
         array = rng.normal(size=shape) * np.sqrt(2 / shape[-1])
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
-    return prepared(proto)
-
-
-def depthwise_net(seed: int = 0, blocks: int = 3, width: int = 12) -> ir.Model:
-    """Blocks of a pointwise and a depthwise convolution, each with a Clip from 0 to 1 behind it, and a linear layer."""
-    rng = np.random.default_rng(seed)
-    weights: dict[str, tuple[int, ...]] = {"v": (5, width), "c": (5,)}
-    text = "low = Constant <value_float = 0.0> ()  high = Constant <value_float = 1.0> () "
-    for i in range(blocks):
-        source, channels = ("x", 6) if i == 0 else (f"s{i}", width)
-        text += f"""a{i} = Conv ({source}, w{i}, b{i})  r{i} = Clip (a{i}, low, high)
-            d{i} = Conv <group = {width}, pads = [1, 1, 1, 1]> (r{i}, v{i}, c{i})  s{i + 1} = Clip (d{i}, low, high) """
-        weights |= {f"w{i}": (width, channels, 1, 1), f"b{i}": (width,), f"v{i}": (width, 1, 3, 3), f"c{i}": (width,)}
-    text += f"p = GlobalAveragePool (s{blocks})  f = Flatten (p)  y = Gemm <transB = 1> (f, v, c)"
-    proto = onnx.parser.parse_model(f"{HEADER} g (float[n, 6, 6, 6] x) => (float[n, 5] y) {{ {text} }}")
-    for name, shape in weights.items():
-        array = rng.normal(size=shape) * np.sqrt(2 / max(1.0, float(np.prod(shape[1:]))))
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
     return prepared(proto)
 
@@ -147,17 +129,11 @@ def test_every_part_can_be_left_out_and_does_something(small: ir.Model, part: Fi
     if part == "shrinkage":
         # Vectors held out decide where there are fewer than rows.
         model, x = linear_net(), np.random.default_rng(1).normal(size=(24, 64)).astype(np.float32)
-    if part == "activity":
-        model = depthwise_net(blocks=1, width=8)
     whole, rest = (fitted(model, x, *parts)[1] for parts in ((), (part,)))
     different = unlike(whole, rest)
     assert different
-    names = list(whole)
-    if part == "activity":
-        # Only the depthwise node, and what comes behind it.
-        assert different <= set(names[1:])
-        assert names[1] in different
     if part == "residuals":
+        names = list(whole)
         # Only the node whose output is added to a value, and what comes behind it.
         assert different == set(names[2:])
 
@@ -237,13 +213,11 @@ def test_a_bias_that_stays_is_not_learned_by_the_weights() -> None:
 # ---------------------------------------------------------------------------------------------------- unseen inputs
 
 
-@pytest.mark.parametrize(
-    ("part", "share", "seeds"), [("residuals", 0.93, 6), ("targets", 0.75, 3), ("activity", 0.97, 6)]
-)
+@pytest.mark.parametrize(("part", "share", "seeds"), [("residuals", 0.93, 6), ("targets", 0.75, 3)])
 def test_on_unseen_inputs_the_error_is_less_than_without(part: FitPart, share: float, seeds: int) -> None:
     ratios = []
     for seed in range(seeds):
-        model = depthwise_net(seed) if part == "activity" else residual_net(seed, blocks=4, width=8)
+        model = residual_net(seed, blocks=4, width=8)
         x, unseen = inputs(128, 100 + seed), inputs(64, 200 + seed)
         errors = [error(model, *fitted(model, x, *parts), unseen) for parts in ((), (part,))]
         ratios.append(errors[0] / errors[1])

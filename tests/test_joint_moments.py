@@ -114,28 +114,6 @@ def test_a_weight_that_gives_the_outputs_leaves_no_error() -> None:
         assert (moments.error(weight * 1.1, centre) > 1e-4 * power).all()
 
 
-@EXAMPLES
-@given(st.integers(1, 40), SEEDS, OFFSETS, st.integers(1, 40))
-def test_a_weight_counts_as_so_many_pairs(count: int, seed: int, offset: float, cut: int) -> None:
-    x, t = pairs(count, seed, offset)
-    times = np.random.default_rng(seed).integers(0, 4, size=(count, GROUPS))
-    weighted = JointMoments(x, t)
-    for part in (slice(cut), slice(cut, None)):
-        weighted.update(x[part], t[part], times[part].astype(np.float32))
-    for group in range(GROUPS):
-        # One group after the other: each has its own weights.
-        one = slice(group, group + 1)
-        again = np.repeat(np.arange(count), times[:, group])
-        if not len(again):
-            assert not weighted.covariance(centred=True)[0][group].any()
-            continue
-        plain = moments_of(x[again][:, one], t[again][:, one])
-        for ours, theirs in zip(weighted.means, plain.means, strict=True):
-            np.testing.assert_allclose(ours[one], theirs, rtol=1e-5, atol=1e-5 * max(1.0, offset))
-        found = weighted.covariance(centred=True)
-        assert_close((found[0][one], found[1][one]), plain.covariance(centred=True))
-
-
 # ------------------------------------------------------------------------------------------------- split and merged
 
 

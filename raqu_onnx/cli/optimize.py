@@ -181,8 +181,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="PART,...",
         help="leave parts of the weight method out, to see what they give: bias (of all but `nearest`), scales, "
-        "polish, refit (of `gptq` and `sequential`), targets, residuals, shrinkage, activity (of `sequential`) "
-        "(default: none)",
+        "polish, refit (of `gptq` and `sequential`), targets, residuals, shrinkage (of `sequential`) (default: "
+        "none)",
     )
     group.add_argument(
         "--fit-samples", type=int, metavar="N", help="most samples that `sequential` fits weights on (default: 512)"
