@@ -14,7 +14,7 @@ from raqu_onnx.session_model import SessionModel
 from raqu_onnx.spool import MEMORY_BYTES, Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import onnxruntime as ort
@@ -243,23 +243,27 @@ class Reference:
         index = None if self._index is None or self._picked is None else self._picked[self._index]
         return Measure(self._metric, self._names, index, self._where)
 
-    def judge(self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]], *, whole: bool = True) -> Score:
-        """Score what another model says on the same batches, or on the first few of them.
+    def judge(
+        self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]], *, places: Collection[int] | None = None
+    ) -> Score:
+        """Score what another model says on the same batches, or on some of them.
 
         Args:
             results: Each batch with the outputs, in the order of the dataset.
-            whole: These are all; of a few nothing but fidelity is asked, and no metric is measured.
+            places: Which batches these are, None for all; of some nothing but fidelity is asked, and no metric is
+                measured.
 
         Raises:
             DataError: There are no batches, they cannot be run, or the metric cannot be measured.
         """
         measure = self._measure()
         scorer = Scorer(self._index, probabilities=self._probabilities, where=self._where)
+        kept = (item for place, item in enumerate(self._spool) if places is None or place in places)
         # The results first: with no more of them, no batch of the reference is read.
-        for (batch, values), expected in zip(results, self._spool, strict=False):
+        for (batch, values), expected in zip(results, kept, strict=False):
             outputs = [np.atleast_1d(np.asarray(values[index])) for index in self._picked or ()]
             scorer.add(outputs, batch.size, batch.labels, expected)
-            if whole:
+            if places is None:
                 measure.add(values, batch.size, batch.labels)
         found = scorer.result()
-        return measure.on(found) if whole else found
+        return measure.on(found) if places is None else found

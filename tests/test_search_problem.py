@@ -42,6 +42,16 @@ def test_sensitivity_is_measured_on_the_samples_asked_for(batch: str | int, smal
     assert judged == [32 if batch == "N" else 20]
 
 
+def test_sensitivity_is_measured_on_samples_from_all_over_the_data(small_net: Any, small_data: Any) -> None:
+    data = small_data(48)
+    # The middle one of three batches stands for all.
+    middle = {name: values[16:32] for name, values in data.items()}
+    bits = Bits.uniform(3, 3, 8)
+    whole = real_problem(small_net(), data, sensitivity_samples=16, batch_size=16)
+    part = real_problem(small_net(), data, selection=middle, sensitivity_samples=16, batch_size=16)
+    assert whole.quick_fidelity(bits) == part.quick_fidelity(bits) > 0
+
+
 def test_an_output_without_one_row_per_sample_is_compared_batch_by_batch(small_net: Any, small_data: Any) -> None:
     net = small_net()
     net.graph.node.append(helper.make_node("ReduceMean", ["logits"], ["mean"], "mean_of_all", keepdims=1))
@@ -124,7 +134,12 @@ def test_a_chip_of_several_sizes_is_filled_by_crossbars(small_net: Any, small_da
 
 
 def real_problem(
-    net: onnx.ModelProto, data: Any, chip: Chip | None = None, max_crossbars: int | None = None, **options: Any
+    net: onnx.ModelProto,
+    data: Any,
+    chip: Chip | None = None,
+    max_crossbars: int | None = None,
+    selection: Any = None,
+    **options: Any,
 ) -> Problem:
     model = load_model(net)
     dataset = open_dataset(data, model_inputs(model))
@@ -132,4 +147,5 @@ def real_problem(
         model = item(model).model
     quantizer = build_quantizer(model, "offset", QuantizerSettings("mse"))
     settings = SearchSettings(threads=1, **options)
-    return Problem(model, quantizer, chip or load_chip("generic"), dataset, settings, max_crossbars=max_crossbars)
+    chosen_on = dataset if selection is None else open_dataset(selection, model_inputs(model))
+    return Problem(model, quantizer, chip or load_chip("generic"), chosen_on, settings, max_crossbars=max_crossbars)

@@ -71,17 +71,10 @@ class Judge:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self._quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
-        found = self._reference.judge(self._simulator.stream(quantized, self._first_batches()), whole=False)
+        places = self._batches.spread(self._samples)
+        batches = (batch for place, batch in enumerate(self._batches) if place in places)
+        found = self._reference.judge(self._simulator.stream(quantized, batches), places=places)
         return replace(found, measured=self.reference.measured).fidelity
-
-    def _first_batches(self) -> Iterator[Batch]:
-        """Batches, which a model with a fixed batch makes itself, up to the sensitivity samples."""
-        seen = 0
-        for batch in self._batches:
-            yield batch
-            seen += batch.size
-            if seen >= self._samples:
-                return
 
     def _widths(self, bits: Bits) -> dict[str, NodeBits]:
         activations = bits.activations or (None,) * len(bits.weights)
@@ -96,19 +89,27 @@ class _Batches:
         self._dataset = dataset
         self._batch_size = batch_size
         self._labels: list[NDArray[np.int64] | None] = []
+        self._sizes: list[int] = []
         self._names: list[str] = []
-        self._spool: Spool | None = None
-        spool = Spool()
-        try:
-            for batch in dataset.batches(batch_size):
-                self._names = list(batch.feeds)
-                self._labels.append(batch.labels)
+        spool: Spool | None = Spool()
+        for batch in dataset.batches(batch_size):
+            self._names = list(batch.feeds)
+            self._sizes.append(batch.size)
+            self._labels.append(batch.labels)
+            try:
                 # Copies: a source may fill the same arrays again.
-                spool.append([np.array(array) for array in batch.feeds.values()])
-        except SpoolError:
-            # No room for a copy: the source is read each time.
-            return
+                if spool is not None:
+                    spool.append([np.array(array) for array in batch.feeds.values()])
+            except SpoolError:
+                # No room for a copy: the source is read each time.
+                spool = None
         self._spool = spool
+
+    def spread(self, samples: int) -> frozenset[int]:
+        """Positions of batches with so many samples, or a few more, from all over the data: it may lie by classes."""
+        total = len(self._sizes)
+        wanted = min(total, -(-samples // max(self._sizes, default=1)))
+        return frozenset((2 * place + 1) * total // (2 * wanted) for place in range(wanted))
 
     def __iter__(self) -> Iterator[Batch]:
         if self._spool is None:
