@@ -146,7 +146,7 @@ class Point:
         points: Hundredths that it lies below the float model, None where that is unknown.
         met: It meets the goal, None without one.
         chosen: It is the result.
-        order: Its number among the candidates, from 1.
+        order: Its number among the candidates, from 1; of a point of the front, the number that `--choose` takes.
     """
 
     label: str
@@ -193,8 +193,8 @@ def candidates(report: Report) -> list[Point]:
 
 
 def front_points(report: Report) -> list[Point]:
-    """Candidates that no other beats in both crossbars and loss."""
-    return [_point(report, item, item.origin) for item in report.front]
+    """Candidates that no other beats in both crossbars and loss; by rising crossbars."""
+    return [_point(report, item, f"point {item.k} of the front: {item.origin}", order=item.k) for item in report.front]
 
 
 def uniform_points(report: Report) -> list[Point]:

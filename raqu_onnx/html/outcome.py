@@ -25,6 +25,7 @@ __all__ = [
     "adc_sentence",
     "cards",
     "data_sentence",
+    "dropped_sentence",
     "fewest_bits_sentence",
     "goal_sentence",
     "loss_sentence",
@@ -216,7 +217,8 @@ def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
         return ""
     least = min(layers, key=lambda layer: layer.mean_bits)
     share = least.weights / sum(layer.weights for layer in layers)
-    text = f"Fewest bits: {least.name}, {least.mean_bits:.3g} per weight. It holds {share:.1%} of all weights"
+    text = f"Fewest bits: {least.name}, {least.mean_bits:.3g} per weight{_dropped(least)}. "
+    text += f"It holds {share:.1%} of all weights"
     width = least.least_bits
     ranked = sorted(layer.sensitivity[width] for layer in layers if width is not None and width in layer.sensitivity)
     if width is None or not ranked:
@@ -226,6 +228,25 @@ def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
     return (
         f"{text}, and giving {width} bits to it alone adds {loss:.2g} to the loss: "
         f"{_ordinal(place)} smallest of {len(ranked)} layers (the median is {median(ranked):.2g})."
+    )
+
+
+def _dropped(layer: Layer) -> str:
+    """How many kernels have 0 bits, which lowers the mean, and what is left to the others."""
+    others = sorted(bits for bits in layer.kernels_by_bits if bits)
+    if not layer.dropped or not others:
+        return ", since all its kernels are dropped" if layer.dropped else ""
+    span = f"{others[0]}" if len(others) == 1 else f"{others[0]} to {others[-1]}"
+    return f", since {layer.dropped} of its {layer.kernels} kernels are dropped (0 bits); the others have {span}"
+
+
+def dropped_sentence(layers: Sequence[Layer]) -> str:
+    """What dropping is, where any kernel was."""
+    if not any(layer.dropped for layer in layers):
+        return ""
+    return (
+        "Dropped are the kernels that carry least for the cells that they take: they and the rows that they alone feed "
+        "in the next layer are stored nowhere, and the layers that follow make up for them as far as they can."
     )
 
 

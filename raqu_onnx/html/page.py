@@ -66,6 +66,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _with_code
     layers = layers_of(manifest, report)
     plan = floor_plan(manifest)
     plots = dict(_plots(manifest, report, layers, plan))
@@ -84,6 +85,8 @@ def render_page(manifest: Manifest, report: Report) -> str:
         data=outcome.data_sentence(report),
         loss=outcome.loss_sentence(report),
         fewest=outcome.fewest_bits_sentence(layers),
+        dropped=outcome.dropped_sentence(layers),
+        front=list(zip(report.front, front_points(report), strict=True)),
         adc=outcome.adc_sentence(layers, manifest.chip.adc_bits),
         colours=dict(zip([node.name for node in manifest.nodes], layer_colours(len(layers)), strict=True)),
         bit_colours=list(enumerate(BITS)),
@@ -123,6 +126,17 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
     for name, plot in (("sensitivity", sensitivity_plot(layers)), ("adc", adc_plot(layers, manifest.chip.adc_bits))):
         if plot is not None:
             yield name, plot
+
+
+def _with_code(text: str) -> Any:
+    """Text whose parts between backticks are set as code, as commands and options are in messages."""
+    from markupsafe import Markup
+
+    parts = printable(text).split("`")
+    if len(parts) % 2 == 0:
+        return printable(text)
+    tagged = (Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts))
+    return Markup().join(tagged)
 
 
 def _items(plots: Mapping[str, Any]) -> dict[str, Any]:
