@@ -113,6 +113,25 @@ def _load(path: Path) -> ModuleType:
 keys: Any = _load(ROOT / "tools" / "docs_keys.py")
 
 
+@pytest.mark.parametrize("page", keys.PAGES, ids=lambda page: page.stem)
+def test_tables_and_example_files_in_the_pages_are_current(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert keys.filled(text) == text, "run tools/docs_keys.py"
+
+
+def test_what_is_not_current_is_filled_in() -> None:
+    example = "<!-- file: docs/examples/files.py -->\n```python\nold\n```\nend\n"
+    page = f"<!-- keys: settings -->\nold\n<!-- /keys -->\n\n{example}"
+    now = keys.filled(page)
+    assert now.startswith("<!-- keys: settings -->\n\n| key |")
+    assert (DOCS / "examples" / "files.py").read_text() in now
+    assert "old" not in now.splitlines()
+    assert now.endswith("```\nend\n")
+    assert keys.filled(now) == now
+    with pytest.raises(ValueError, match="no keys are known"):
+        keys.filled("<!-- keys: nothing -->\n<!-- /keys -->")
+
+
 def rows(name: str) -> list[list[str]]:
     """Cells of all rows of a kind's tables, without the heads."""
     lines = [line for line in keys.tables(name).splitlines() if line.startswith("| `")]
