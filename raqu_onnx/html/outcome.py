@@ -26,6 +26,7 @@ __all__ = [
     "cards",
     "data_sentence",
     "dropped_sentence",
+    "evaluation_metric",
     "fewest_bits_sentence",
     "goal_sentence",
     "loss_sentence",
@@ -94,10 +95,10 @@ class Row:
 def rows(report: Report) -> list[Row]:
     """The table of results, float first and ours last."""
     most = max((item.crossbars or 0 for item in report.figures), default=0) or 1
-    return [_row(item, most, report.metric, last=item is report.figures[-1]) for item in report.figures]
+    return [_row(item, most, last=item is report.figures[-1]) for item in report.figures]
 
 
-def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> Row:
+def _row(item: FiguresReport, most: int, *, last: bool) -> Row:
     cost = item.cost
     return Row(
         label=item.label,
@@ -108,8 +109,8 @@ def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> R
         share=(item.crossbars or 0) / most,
         cells=_number(item.cell_utilization, ".1%"),
         bits=_number(item.bit_utilization, ".1%"),
-        evaluation="" if item.evaluation is None else quality_text(item.evaluation, metric or _metric(item)),
-        selection="" if item.selection is None else quality_text(item.selection, metric or _metric(item)),
+        evaluation="" if item.evaluation is None else quality_text(item.evaluation, _told(item.evaluation)),
+        selection="" if item.selection is None else quality_text(item.selection, _told(item.selection)),
         latency="" if cost is None else _time(cost, cost.latency_cycles),
         interval="" if cost is None else _time(cost, cost.interval_cycles),
         energy="" if cost is None or cost.energy_pj is None else f"{cost.energy_pj / 1e6:,.4g} µJ",
@@ -117,11 +118,24 @@ def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> R
     )
 
 
-def _metric(item: FiguresReport) -> str:
-    score = item.evaluation or item.selection
-    if score is not None and score.top1 is not None:
-        return "top-1"
-    return "agreement" if score is not None and score.agreement is not None else "1 - noise/signal"
+def evaluation_metric(report: Report) -> str:
+    """What the figures on unseen data are, where it is not what those on the selection data are; else empty.
+
+    Data without labels has agreements only.
+    """
+    judged = next((item.evaluation for item in report.figures if item.evaluation is not None), None)
+    chosen = next((item.selection for item in report.figures if item.selection is not None), None)
+    if judged is None or chosen is None:
+        return ""
+    names = [_told(score) for score in (judged, chosen)]
+    return "" if names[0] == names[1] else _METRIC_WORDS.get(names[0], names[0])
+
+
+def _told(score: ScoreReport) -> str:
+    """What a score is counted in, as `Score.metric`: what was named, else the best that the data has labels for."""
+    if score.measured is not None:
+        return score.measured
+    return "top-1" if score.top1 is not None else "agreement" if score.agreement is not None else "1 - noise/signal"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -150,7 +164,7 @@ def cards(report: Report, manifest: Manifest) -> Iterator[Card]:
     score = report.figures[-1].evaluation or report.figures[-1].selection
     if score is not None:
         floating = table[0].evaluation or table[0].selection
-        metric = report.metric or _metric(report.figures[-1])
+        metric = _told(score)
         name = _METRIC_WORDS.get(metric, metric)
         yield Card(name, ours.evaluation or ours.selection, f"float {floating}" if floating else "")
     yield Card("cells in use", ours.cells, f"{ours.bits} of their bits")

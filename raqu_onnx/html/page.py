@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["render_page", "write_html"]
 
+# Commands and options in messages.
+_CODE = re.compile(r"(`[^`]+`|(?<![\w-])--[a-z][a-z-]+)")
 _REPORT_FILE = "report.json"
 _METRIC_LABELS = {"top-1": "accuracy", "agreement": "agreement", "1 - noise/signal": "SQNR"}
 
@@ -81,6 +84,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         bokeh_js=_bokeh_js(),
         cards=list(outcome.cards(report, manifest)),
         rows=outcome.rows(report),
+        unseen=outcome.evaluation_metric(report),
         goal=outcome.goal_sentence(report),
         data=outcome.data_sentence(report),
         loss=outcome.loss_sentence(report),
@@ -92,7 +96,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         bit_colours=list(enumerate(BITS)),
         command=command_of(manifest.configuration, chosen_earlier(report)),
         chosen=chosen_earlier(report),
-        in_memory=given_in_memory(manifest.configuration, report),
+        in_memory=given_in_memory(manifest.configuration, report, manifest.chip),
         changed=changed_settings(manifest.configuration),
         title=_title(manifest),
     )
@@ -129,13 +133,14 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
 
 
 def _with_code(text: str) -> Any:
-    """Text whose parts between backticks are set as code, as commands and options are in messages."""
+    """Text whose options, and whose parts between backticks, are set as code, so that no line breaks in them."""
     from markupsafe import Markup
 
-    parts = printable(text).split("`")
-    if len(parts) % 2 == 0:
-        return printable(text)
-    tagged = (Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts))
+    # Every second part is what the group holds.
+    parts = _CODE.split(printable(text))
+    tagged = (
+        Markup("<code>{}</code>").format(part.strip("`")) if index % 2 else part for index, part in enumerate(parts)
+    )
     return Markup().join(tagged)
 
 

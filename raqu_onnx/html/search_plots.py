@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, Range1d
@@ -78,7 +79,7 @@ def front_plot(
     if chosen is not None:
         scatter([chosen], "chosen", marker="star", size=24, color=ACCENT)
     if front and y == "loss":
-        plot.step("crossbars", y, source=_points(front), mode="after", color=OTHERS[1], line_width=2)
+        plot.step("crossbars", y, source=_points(_steps(front)), mode="after", color=OTHERS[1], line_width=2)
     # Over the star, which would hide the points beside the chosen one.
     scatter(front, "Pareto front", size=8, color=OTHERS[1])
     for points, colour in ((evaluations, MUTED), (uniform, OTHERS[0]), (front, OTHERS[1])):
@@ -89,6 +90,18 @@ def front_plot(
     plot.add_tools(HoverTool(renderers=layers, tooltips=_point_tips(metric)))
     legend_below(plot, 2)
     return plot
+
+
+def _steps(front: Sequence[Point]) -> list[Point]:
+    """The points at which fewer crossbars cost loss.
+
+    Where the goal speaks of latency or accuracy too, the front also holds points that are better in these alone.
+    """
+    found: list[Point] = []
+    for point in sorted(front, key=lambda point: (point.crossbars, math.inf if point.loss is None else point.loss)):
+        if point.loss is not None and (not found or point.loss < (found[-1].loss or 0.0)):
+            found.append(point)
+    return found
 
 
 def _beyond(point: Point, top: float | None) -> bool:
