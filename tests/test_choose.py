@@ -140,7 +140,14 @@ def test_the_front_is_listed(cli: Cli) -> None:
         (("--choose", "0", "--from", "out"), "--choose: must be at least 1"),
         (("--choose", "1", "--from", "nowhere"), "no result folder"),
         (("--choose", "1", "--from", "out", "--seed", "3"), "--seed: the search in out ran with 0, not 3"),
-        (("--choose", "1", "--from", "out", "--max-crossbars", "3"), "--max-crossbars"),
+        (("--choose", "1", "--from", "out", "--max-crossbars", "3"), "--max-crossbars: the search in out ran with "),
+        (
+            ("--choose", "1", "--from", "out", "--weight-bits", "4"),
+            "--weight-bits: the search in out ran with 2-8, not 4;",
+        ),
+        (("--choose", "1", "--from", "out", "--keep", "first,last"), "ran with none, not first,last;"),
+        (("--choose", "1", "--from", "out", "--equalize"), "--equalize: the search in out ran without it;"),
+        (("--choose", "1", "--from", "out", "--no-drop"), "--no-drop: the search in out ran without it;"),
         (("--choose", "1", "--from", "out", "--hw", "generic"), "chip generic"),
         (("--choose", "1", "--from", "out", "--calibration", "eval.npz"), "--calibration: eval.npz"),
         (("--choose", "1", "--from", "out", "--selection", "eval.npz"), "--selection: eval.npz"),
@@ -151,6 +158,25 @@ def test_what_is_not_of_that_search_is_refused(
     refused: Callable[..., str], workspace: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     refused(workspace, ("optimize", "model.onnx", *arguments, "-o", "new"), said)
+
+
+@pytest.mark.usefixtures("report")
+def test_files_are_found_from_another_folder(
+    cli: Cli, refused: Callable[..., str], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("optimize", "-o", "here", "--choose", 1, "--from", "out").code == 0
+    elsewhere = workspace / "deep" / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert cli("optimize", "-o", "there", "--choose", 1, "--from", "../../out").code == 0
+    assert Path("there/model.onnx").read_bytes() == (workspace / "here/model.onnx").read_bytes()
+    (workspace / "selection.npz").rename(workspace / "moved.npz")
+    run = ("optimize", "--choose", 1, "--from", "../../out", "-o", "new")
+    said = refused(workspace, run, "relative to the folder that it was run in")
+    assert "model.onnx: no such file" in said
+    files = {"--calibration": "calibration.npz", "--selection": "moved.npz", "--eval": "eval.npz", "--hw": "chip.toml"}
+    named = [word for option, file in files.items() for word in (option, f"../../{file}")]
+    assert cli("optimize", "../../model.onnx", *run[1:], *named).code == 0
 
 
 @pytest.mark.usefixtures("report")

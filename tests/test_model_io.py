@@ -45,7 +45,10 @@ def test_sources_in_memory_are_not_changed(file: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert refused(tmp_path / "none.onnx").endswith("no such file")
+    assert refused(tmp_path / "none.onnx").endswith("no such file; name a file, as in `raqu-onnx inspect model.onnx`")
+    (tmp_path / "resnet.onnx").touch()
+    assert refused(tmp_path / "resnt.onnx").endswith(f"no such file; did you mean {tmp_path / 'resnet.onnx'}?")
+    assert refused(tmp_path / "no" / "none.onnx").endswith(f"there is no folder {tmp_path / 'no'} either")
     assert "is a folder" in refused(tmp_path)
 
 
