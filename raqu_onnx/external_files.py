@@ -55,10 +55,12 @@ def _extent_problem(tensor: ir.ExternalTensor, size: int) -> str | None:
 def nearest_file(path: Path) -> str:
     """What to do about a file that is not there: the one beside it whose name is most like it, if there is one."""
     try:
-        beside = [item.name for item in path.parent.iterdir() if item.suffix == path.suffix]
+        beside = {item.stem: item for item in path.parent.iterdir() if item.suffix == path.suffix}
     except OSError:
         return f"; there is no folder {path.parent} either"
-    near = get_close_matches(path.name, beside, 1)
+    near = get_close_matches(path.stem, beside, 1)
     return (
-        f"; did you mean {path.with_name(near[0])}?" if near else "; name a file, as in `raqu-onnx inspect model.onnx`"
+        f"; did you mean {path.with_name(beside[near[0]].name)}?"
+        if near
+        else "; name a file, as in `raqu-onnx inspect model.onnx`"
     )

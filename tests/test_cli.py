@@ -249,6 +249,18 @@ def test_the_schema_is_printed(cli: Cli) -> None:
 # ------------------------------------------------------------------------------------------- what is said
 
 
+def test_debug_tells_where_an_error_was_raised(cli: Cli, workspace: Path) -> None:
+    (workspace / "bad\x1b[2J.onnx").write_text("no model")
+    plain, debug = (cli("inspect", "bad\x1b[2J.onnx", *more) for more in ((), ("--debug",)))
+    assert plain.code == debug.code == 2
+    assert "Traceback" not in plain.err
+    assert debug.err.startswith("Traceback (most recent call last):\n")
+    assert "model_io.py" in debug.err
+    assert debug.err.endswith(plain.err)
+    assert "\x1b" not in debug.err
+    assert cli("inspect", "model.onnx", "--debug").err == cli("inspect", "model.onnx").err
+
+
 def test_quiet_and_verbose(cli: Cli, workspace: Path) -> None:
     run = ("optimize", "model.onnx", "--evaluations", "1", "--hw", "chip.toml", "--weight-bits", "8", "--force")
     plain, verbose, debug = cli(*run), cli(*run, "-v"), cli(*run, "-vv")

@@ -196,9 +196,9 @@ def test_misuse_is_refused(result: Path, refused: Callable[..., str]) -> None:
         ),
         (("simulate", "model-raqu", *data, "--adc-bits", "many"), "many"),
         (("simulate", "model-raqu", *data, "--adc-bits", "40"), "--adc-bits: must be 1 to 32"),
-        (("simulate", "model-raqu", *data, "--samples", "0"), "samples is 0"),
-        (("simulate", "model-raqu", *data, "--threads", "0"), "threads is 0"),
-        (("simulate", "model-raqu", *data, "--seed", "-1"), "seed is -1"),
+        (("simulate", "model-raqu", *data, "--samples", "0"), "--samples: must be at least 1, found 0"),
+        (("simulate", "model-raqu", *data, "--threads", "0"), "--threads: must be at least 1, found 0"),
+        (("simulate", "model-raqu", *data, "--seed", "-1"), "--seed: must be at least 0, found -1"),
         (("simulate", "model-raqu", *data, "--repeat", "x"), "--repeat"),
     ):
         refused(result, arguments, said)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from raqu_onnx.cli.options import add_debug
+
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.validate_report import ValidationReport
@@ -41,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: all)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress on a terminal")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
+    add_debug(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print only what is wrong")
     parser.set_defaults(run=run)
 
