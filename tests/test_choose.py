@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import raqu_onnx
 import raqu_onnx.passes.search_bits as search_pass
+from raqu_onnx.cli.front import print_front
 from raqu_onnx.evaluation import Score
 from raqu_onnx.front import FrontReport
 from raqu_onnx.manifest import digest_of, read_manifest
@@ -129,6 +131,15 @@ def test_the_front_is_listed(cli: Cli) -> None:
     report = json.loads(Path("out/report.json").read_text())
     assert [int(words[0]) for words in written] == [report["chosen"]]
     assert int(written[0][1]) == report["figures"][-1]["crossbars"]
+
+
+@pytest.mark.parametrize(("judged", "said"), [(3, "this point alone"), (1, "")])
+def test_a_front_of_one_point_says_how_others_are_found(
+    judged: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_front(cast("SearchResult", SimpleNamespace(front=[object()], evaluations=[object()] * judged)))
+    out = capsys.readouterr().out
+    assert said in out if said else out == ""
 
 
 @pytest.mark.parametrize(
