@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raqu_onnx.html.content import Layer, Point
-from raqu_onnx.html.outcome import dropped_sentence, fewest_bits_sentence
+from raqu_onnx.html.outcome import costs_of_goal, dropped_sentence, fewest_bits_sentence
 from raqu_onnx.html.page import _with_code
-from raqu_onnx.html.search_plots import front_plot, progress_plot
+from raqu_onnx.html.search_plots import cost_plot, front_plot, progress_plot
+from raqu_onnx.search.result import Goal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +43,8 @@ LOSSES = st.lists(st.floats(-1, 90), min_size=1, max_size=12)
 @settings(max_examples=30, deadline=None)
 @given(LOSSES, LOSSES, LOSSES)
 def test_every_point_stands_within_the_axis(front: list[float], tried: list[float], uniform: list[float]) -> None:
-    groups = [[point(value) for value in values] for values in (front, tried, uniform)]
-    plot = front_plot(*groups, groups[0][0], y="points", label="points below float", metric="accuracy")
+    first, second, third = ([point(value) for value in values] for values in (front, tried, uniform))
+    plot = front_plot(first, second, third, first[0], y="points", label="points below float", metric="accuracy")
     shown = heights(plot, "points")
     low, high = plot.y_range.start, plot.y_range.end
     assert all(low <= value <= high for values in shown.values() for value in values)
@@ -71,6 +73,33 @@ def test_the_line_of_the_front_never_rises() -> None:
     [line] = [item for item in plot.renderers if isinstance(item.glyph, Step)]
     assert line.data_source.data["crossbars"] == [4, 6, 9]
     assert line.data_source.data["loss"] == [0.5, 0.3, 0.1]
+
+
+def front_of(goal: Goal, energy_pj: float | None = 5e6) -> tuple[Any, list[Point]]:
+    items = [SimpleNamespace(latency_ns=3000.0 * k, energy_pj=energy_pj) for k in (1, 2)]
+    values = SimpleNamespace(model_dump=lambda: vars(goal))
+    points = [point(k, latency=3.0 * k, energy=energy_pj, order=k, chosen=k == 1) for k in (1, 2)]
+    return SimpleNamespace(goal=values, front=items), points
+
+
+def test_what_the_goal_speaks_of_has_a_plot() -> None:
+    drop = Goal(max_accuracy_drop=1.0)
+    assert list(costs_of_goal(*front_of(drop))) == []
+    for goal, names in (
+        (replace(drop, objective="latency"), ["latency"]),
+        (Goal(None, None, max_energy_pj=1.0), ["energy"]),
+        (replace(drop, objective="edp"), ["latency", "energy"]),
+    ):
+        report, points = front_of(goal)
+        found = dict(costs_of_goal(report, points))
+        assert list(found) == names
+        for name, label in found.items():
+            plot = cost_plot(points, x=name, label=label, metric="accuracy")
+            assert heights(plot, "points") == {"chosen": [1], "Pareto front": [1, 2]}
+            assert plot.renderers[-1].data_source.data[name] == [getattr(item, name) for item in points]
+    assert list(costs_of_goal(*front_of(replace(drop, objective="edp"), energy_pj=None))) == [
+        ("latency", "latency, µs")
+    ]
 
 
 def test_no_legend_lies_over_a_plot() -> None:

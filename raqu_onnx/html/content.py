@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,6 +147,8 @@ class Point:
         met: It meets the goal, None without one.
         chosen: It is the result.
         order: Its number among the candidates, from 1; of a point of the front, the number that `--choose` takes.
+        latency: Of one inference alone, in us, or in cycles where the chip gives no time; of points of the front only.
+        energy: Of one inference in uJ, likewise; None where it is unknown.
     """
 
     label: str
@@ -157,6 +159,8 @@ class Point:
     met: bool | None = None
     chosen: bool = False
     order: int = 0
+    latency: float | None = None
+    energy: float | None = None
 
 
 def quality(score: ScoreReport) -> float | None:
@@ -194,7 +198,20 @@ def candidates(report: Report) -> list[Point]:
 
 def front_points(report: Report) -> list[Point]:
     """Candidates that no other beats in both crossbars and loss; by rising crossbars."""
-    return [_point(report, item, f"point {item.k} of the front: {item.origin}", order=item.k) for item in report.front]
+    return [
+        replace(
+            _point(
+                report,
+                item,
+                f"point {item.k} of the front: {item.origin}",
+                order=item.k,
+                chosen=item.k == report.chosen,
+            ),
+            latency=item.latency_cycles if item.latency_ns is None else item.latency_ns / 1e3,
+            energy=None if item.energy_pj is None else item.energy_pj / 1e6,
+        )
+        for item in report.front
+    ]
 
 
 def uniform_points(report: Report) -> list[Point]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from raqu_onnx.front import ScoreReport
-    from raqu_onnx.html.content import Layer
+    from raqu_onnx.html.content import Layer, Point
     from raqu_onnx.manifest import CostEntry, Manifest
     from raqu_onnx.report import FiguresReport, Report
 
@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "adc_sentence",
     "cards",
+    "costs_of_goal",
     "data_sentence",
     "dropped_sentence",
     "evaluation_metric",
@@ -186,6 +187,18 @@ def goal_sentence(report: Report) -> str:
         return "Widths were given, and nothing was asked for."
     goal = Goal(**report.goal.model_dump())
     return f"Asked for: {describe_goal(goal, metric=report.metric or '')}."
+
+
+def costs_of_goal(report: Report, front: Sequence[Point]) -> Iterator[tuple[str, str]]:
+    """What the goal speaks of besides crossbars and every point of the front knows, with the unit that it is in."""
+    if report.goal is None or len(front) < 2:
+        return
+    speaks_of = Goal(**report.goal.model_dump()).speaks_of
+    timed = all(item.latency_ns is not None for item in report.front)
+    labels = {"latency": f"latency, {'µs' if timed else 'cycles'}", "energy": "energy, µJ"}
+    for name, label in labels.items():
+        if {name, "edp"} & speaks_of and all(getattr(point, name) is not None for point in front):
+            yield name, label
 
 
 def data_sentence(report: Report) -> str:

@@ -110,7 +110,7 @@ def _title(manifest: Manifest) -> str:
 def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: FloorPlan) -> Iterator[tuple[str, Any]]:
     from raqu_onnx.html.floor_plot import floor_plot
     from raqu_onnx.html.layer_plots import adc_plot, kernels_plot, sensitivity_plot, shares_plot
-    from raqu_onnx.html.search_plots import front_plot, progress_plot
+    from raqu_onnx.html.search_plots import cost_plot, front_plot, progress_plot
 
     if layers:
         yield "shares", shares_plot(layers)
@@ -125,6 +125,8 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
         chosen = next((point for point in tried if point.chosen), None)
         for y, label in (("loss", "loss"), ("points", "points below float")):
             yield f"front-{y}", front_plot(front, tried, uniform, chosen, y=y, label=label, metric=metric)
+        for x, label in outcome.costs_of_goal(report, front):
+            yield f"front-{x}", cost_plot(front, x=x, label=label, metric=metric)
         for y in ("crossbars", "loss"):
             yield f"progress-{y}", progress_plot(tried, y=y, label=y, metric=metric)
     for name, plot in (("sensitivity", sensitivity_plot(layers)), ("adc", adc_plot(layers, manifest.chip.adc_bits))):

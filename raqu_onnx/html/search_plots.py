@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from raqu_onnx.html.content import Point
 
-__all__ = ["front_plot", "progress_plot"]
+__all__ = ["cost_plot", "front_plot", "progress_plot"]
 
 _HEIGHT = 360
 # Points below float that nobody would give away.
@@ -33,7 +33,7 @@ def _point_tips(metric: str) -> list[tuple[str, str]]:
 
 def _points(points: Sequence[Point], top: float | None = None) -> ColumnDataSource:
     """The columns of a plot; `shown` is where a point stands that lies above `top`."""
-    keys = ("crossbars", "loss", "quality", "points", "label", "order")
+    keys = ("crossbars", "loss", "quality", "points", "label", "order", "latency", "energy")
     columns: dict[str, list[Any]] = {key: [getattr(point, key) for point in points] for key in keys}
     return ColumnDataSource({**columns, "shown": [top] * len(points)})
 
@@ -106,6 +106,30 @@ def _steps(front: Sequence[Point]) -> list[Point]:
 
 def _beyond(point: Point, top: float | None) -> bool:
     return top is not None and point.points is not None and point.points > top
+
+
+def cost_plot(front: Sequence[Point], *, x: str, label: str, metric: str) -> Any:
+    """Latency or energy of the points of the front against the points that they lie below float.
+
+    Args:
+        front: Candidates that no other beats.
+        x: `latency` or `energy`, which every one of them knows.
+        label: Of the x axis.
+        metric: What quality is counted in.
+    """
+    plot = new_plot("pan,box_zoom,wheel_zoom,reset", height=_HEIGHT, x_axis_label=label)
+    plot.yaxis.axis_label = "points below float"
+    layers = []
+    chosen = [point for point in front if point.chosen]
+    if chosen:
+        star = {"marker": "star", "size": 24, "color": ACCENT, "legend_label": "chosen"}
+        layers.append(plot.scatter(x, "points", source=_points(chosen), **star))
+    layers.append(
+        plot.scatter(x, "points", source=_points(front), size=8, color=OTHERS[1], legend_label="Pareto front")
+    )
+    plot.add_tools(HoverTool(renderers=layers, tooltips=[*_point_tips(metric), (label, f"@{x}{{0,0.[00]}}")]))
+    legend_below(plot, 2)
+    return plot
 
 
 def _points_range(points: Sequence[Point]) -> Range1d:
