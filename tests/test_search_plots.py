@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raqu_onnx.html.content import Layer, Point
+from raqu_onnx.html.layer_plots import sensitivity_plot
 from raqu_onnx.html.outcome import costs_of_goal, dropped_sentence, fewest_bits_sentence
 from raqu_onnx.html.page import _with_code
 from raqu_onnx.html.search_plots import cost_plot, front_plot, progress_plot
@@ -151,3 +152,19 @@ def test_what_stands_between_backticks_is_code_and_nothing_else_is_markup() -> N
     assert _with_code("one ` alone <i>") == "one ` alone &lt;i&gt;"
     assert _with_code("with --reduce-range, or a--b") == "with <code>--reduce-range</code>, or a--b"
     assert "\u202e" not in _with_code("`turned \u202e round`")
+
+
+def test_sensitivities_of_inputs_have_a_plot_of_their_own() -> None:
+    layers = [layer("first", 4.0, {4: 8}, 0.5), layer("second", 4.0, {4: 8}, 0.0)]
+    for item, losses in zip(layers, ({2: 0.25, 8: 0.0}, {2: 0.125, 8: 0.0}), strict=True):
+        vars(item).update(input_sensitivity=losses, short=item.name)
+    plot = sensitivity_plot(layers, of_inputs=True)
+    assert plot is not None
+    assert plot.renderers[0].data_source.data["loss"] == [0.25, 0.0, 0.125, 0.0]
+    assert plot.xaxis.axis_label == "bits of the input of this layer alone"
+    weights = sensitivity_plot(layers)
+    assert weights is not None
+    assert weights.renderers[0].data_source.data["loss"] == [0.5, 0.0]
+    for item in layers:
+        vars(item).update(input_sensitivity={})
+    assert sensitivity_plot(layers, of_inputs=True) is None

@@ -45,6 +45,7 @@ class Layer:
         energy_pj: Energy of one inference, likewise.
         lossless_bits: ADC bits at which no sum can clip, None where unknown.
         sensitivity: Loss that it alone adds, by weight bits; empty without a search.
+        input_sensitivity: The same by bits of its input; empty where they are fixed.
         kept: Pattern that kept it at 8 bits, empty if none did.
     """
 
@@ -68,6 +69,7 @@ class Layer:
     energy_pj: float | None
     lossless_bits: int | None
     sensitivity: Mapping[int, float]
+    input_sensitivity: Mapping[int, float]
     kept: str
 
     @property
@@ -130,6 +132,7 @@ def _layer(node: NodeEntry, short: str, manifest: Manifest, view: ManifestView, 
         energy_pj=None if stage is None else stage.energy_pj,
         lossless_bits=None if report is None else report.lossless_adc_bits.get(node.name),
         sensitivity={} if sensitivity is None else sensitivity.weights,
+        input_sensitivity={} if sensitivity is None else sensitivity.activations or {},
         kept=next((item.pattern for item in kept if item.name == node.name), ""),
     )
 

@@ -129,7 +129,12 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
             yield f"front-{x}", cost_plot(front, x=x, label=label, metric=metric)
         for y in ("crossbars", "loss"):
             yield f"progress-{y}", progress_plot(tried, y=y, label=y, metric=metric)
-    for name, plot in (("sensitivity", sensitivity_plot(layers)), ("adc", adc_plot(layers, manifest.chip.adc_bits))):
+    more = {
+        "sensitivity": sensitivity_plot(layers),
+        "sensitivity-inputs": sensitivity_plot(layers, of_inputs=True),
+        "adc": adc_plot(layers, manifest.chip.adc_bits),
+    }
+    for name, plot in more.items():
         if plot is not None:
             yield name, plot
 
