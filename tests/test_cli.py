@@ -348,6 +348,8 @@ def test_passes_are_listed_with_their_options(cli: Cli) -> None:
     assert [line.split()[0] for line in lines if line[:1].isalpha()][: len(PASSES)] == list(PASSES)
     assert "    minimum_opset = 13" in lines
     assert lines[-1] == f"default pipeline: {','.join(DEFAULT_PIPELINE)}"
+    assert "write-qonnx  (with --emit qonnx)" in ran.out
+    assert "equalize  (with --equalize)" in ran.out
     found = one_object(cli("passes", "--format", "json").out)
     assert [item["name"] for item in found["passes"]] == list(PASSES)
     assert cli(*RUN[:1], "absent.onnx", "--passes", ",".join(found["default_pipeline"])).code == 2
