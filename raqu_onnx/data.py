@@ -86,7 +86,8 @@ def open_dataset(
     if callable(getattr(source, "get_next", None)):
         return open_reader(source, specs)
     raise DataError(
-        f"data of type {type(source).__name__} is unknown; give {_KINDS}, a dict of arrays or a CalibrationDataReader"
+        f"data of type {type(source).__name__} is unknown; give {_KINDS}, a dict of arrays by "
+        "model input, or a CalibrationDataReader"
     )
 
 

@@ -66,6 +66,8 @@ def load_model(source: str | Path | onnx.ModelProto | ir.Model, *, check_weights
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
         model = _deserialized(proto, where)
+    elif not isinstance(source, str | Path):
+        raise ModelError(f"model of type {type(source).__name__}: give a path, an onnx.ModelProto or an onnx_ir.Model")
     else:
         path = Path(source)
         where = str(source)

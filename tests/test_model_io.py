@@ -52,6 +52,11 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "is a folder" in refused(tmp_path)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^model of type int: give a path, an onnx\.ModelProto or an onnx_ir\.Model$"):
+        load_model(42)  # type: ignore[arg-type]
+
+
 def test_unreadable_kinds_of_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.onnx"
     os.mkfifo(pipe)
