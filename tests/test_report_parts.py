@@ -22,7 +22,7 @@ from raqu_onnx.hardware import load_chip
 from raqu_onnx.html.command import changed_settings, command_of, given_in_memory
 from raqu_onnx.html.content import quality
 from raqu_onnx.html.floor_plan import floor_plan, ranges_text
-from raqu_onnx.html.outcome import evaluation_metric, loss_sentence
+from raqu_onnx.html.outcome import data_sentence, evaluation_metric, loss_sentence
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
@@ -283,6 +283,13 @@ def test_the_loss_is_told_as_it_is_added_up(score: ScoreReport, divergence: bool
     loss = Score(**score.model_dump()).loss
     lacking = 1 - (score.value if score.value is not None else score.top1 or 0.0)
     assert loss == pytest.approx((0.5 if divergence else 0.01) + (0.1 * lacking if counted else 0.0))
+
+
+@pytest.mark.parametrize(("tried", "says"), [(3, "widths were chosen on c.npz"), (1, "figures are of c.npz")])
+def test_nothing_is_chosen_at_fixed_widths(tried: int, says: str) -> None:
+    held = {"calibration": data("c.npz"), "selection": data("c.npz"), "evaluation": None}
+    report = cast("Report", SimpleNamespace(data=held, evaluations=[object()] * tried))
+    assert data_sentence(report) == f"Ranges were measured on c.npz (8 samples); {says} (8 samples)."
 
 
 def figures(selection: ScoreReport | None, evaluation: ScoreReport | None) -> Any:

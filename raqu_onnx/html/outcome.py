@@ -206,7 +206,8 @@ def data_sentence(report: Report) -> str:
     parts = []
     words = {
         "calibration": "ranges were measured on",
-        "selection": "widths were chosen on",
+        # At fixed widths, nothing was chosen.
+        "selection": "widths were chosen on" if len(report.evaluations) > 1 else "figures are of",
         "evaluation": "the result was judged on",
     }
     for role, does in words.items():
