@@ -58,11 +58,12 @@ class CellErrors:
         for name in ("variation", "read_noise"):
             value = getattr(self, name)
             if not 0 <= value < np.inf:
-                raise ConfigError(f"{name} is {value}, must be 0 or more: a standard deviation over the level")
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option}: must be 0 or more, a standard deviation over the level, found {value}")
         for name in ("stuck", "stuck_high"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ConfigError(f"{name} is {value}, must be a share between 0 and 1")
+                raise ConfigError(f"--{name.replace('_', '-')}: must be a share between 0 and 1, found {value}")
 
     @property
     def any(self) -> bool:

@@ -86,7 +86,8 @@ def open_dataset(
     if callable(getattr(source, "get_next", None)):
         return open_reader(source, specs)
     raise DataError(
-        f"data of type {type(source).__name__} is unknown; give {_KINDS}, a dict of arrays or a CalibrationDataReader"
+        f"data of type {type(source).__name__} is unknown; give {_KINDS}, a dict of arrays by "
+        "model input, or a CalibrationDataReader"
     )
 
 
@@ -137,7 +138,9 @@ def split(dataset: Dataset, first: float, seed: int) -> tuple[Dataset, Dataset]:
     total = _count(dataset)
     units = total // dataset.unit
     if units < 2:
-        raise DataError(f"{dataset.name}: holds {total} samples, too few to split; give more data")
+        raise DataError(
+            f"{dataset.name}: holds {total} sample{'' if total == 1 else 's'}, too few to split; give more data"
+        )
     order = np.random.default_rng(seed).permutation(units)
     cut = min(max(round(units * first), 1), units - 1)
     sides = (np.sort(side) for side in (order[:cut], order[cut:]))

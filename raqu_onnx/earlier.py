@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from raqu_onnx.config import OptimizeConfig
 from raqu_onnx.errors import ConfigError, ManifestError
+from raqu_onnx.hardware import is_builtin_chip
 from raqu_onnx.manifest import read_manifest
 from raqu_onnx.points import read_baseline, read_point, read_score
 from raqu_onnx.report import Report
@@ -37,6 +38,11 @@ _FREE = frozenset(
 )  # fmt: skip
 
 
+# Settings that name files, `metric` and functions of Python files apart.
+_FILES: Final = ("model", "hw", "calibration", "selection", "evaluation")
+_ALIASES: Final = {"evaluation": "eval"}
+
+
 @dataclass(frozen=True)
 class EarlierSearch:
     """A search whose results lie in a folder.
@@ -58,18 +64,43 @@ class EarlierSearch:
             ConfigError: Another setting is given that is not the search's.
         """
         base = OptimizeConfig.model_validate(self.manifest.configuration)
-        changes = {}
+        changes = self._found_paths(base, given)
         for name in given.model_fields_set:
             value = getattr(given, name)
             if name in _FREE:
                 changes[name] = value
             elif value != getattr(base, name):
-                option = f"--{name.replace('_', '-')}"
                 raise ConfigError(
-                    f"{option}: the search in {self.folder} ran with {getattr(base, name)}, not {value}; leave it out, "
-                    "or search again without --choose"
+                    f"{_contradiction(base, given, name, self.folder)}; leave it out, or search again without --choose"
                 )
         return base.model_copy(update=changes)
+
+    def _found_paths(self, base: OptimizeConfig, given: OptimizeConfig) -> dict[str, str]:
+        """Files that the search named relative to the folder that it was run in, where this is another one.
+
+        They are looked for in the folders above the result. What is found there is held against the search's digests,
+        as it would be in the current folder.
+
+        Raises:
+            ConfigError: They are in none of these folders.
+        """
+        named = {
+            name: value
+            for name in _FILES
+            if name not in given.model_fields_set and isinstance(value := getattr(base, name), str)
+        }
+        lost = {name: value for name, value in named.items() if not _is_there(Path(), name, value)}
+        if not lost:
+            return {}
+        for above in self.folder.resolve().parents:
+            if all(_is_there(above, name, value) for name, value in named.items()):
+                return {name: _from(above, name, value) for name, value in named.items()}
+        [(name, value), *_] = lost.items()
+        option = "the model" if name == "model" else f"--{_ALIASES.get(name, name)}"
+        raise ConfigError(
+            f"{value}: no such file; the search in {self.folder} named it so, relative to the folder that it was run "
+            f"in: go there, or say with {option} where it is now"
+        )
 
     def known(self, number: int | None, digest: str | None, chip: Chip, data: RunData) -> SearchResult:
         """The search with another point chosen.
@@ -127,6 +158,36 @@ class EarlierSearch:
             evaluations=front,
             nodes=tuple(self.report.nodes),
         )
+
+
+def _is_there(folder: Path, name: str, value: str) -> bool:
+    """Whether what a setting names needs no file, or has one when seen from a folder."""
+    return (name == "hw" and is_builtin_chip(value)) or (folder / _file_of(value)).exists()
+
+
+def _from(folder: Path, name: str, value: str) -> str:
+    return value if name == "hw" and is_builtin_chip(value) else str(folder / value)
+
+
+def _file_of(value: str) -> str:
+    """The file of a path, which may name a function in it: `samples.py:batches`."""
+    file, separator, _ = value.rpartition(":")
+    return file if separator and file.endswith(".py") else value
+
+
+def _contradiction(base: OptimizeConfig, given: OptimizeConfig, name: str, folder: Path) -> str:
+    """Which setting is not that of the search, in the words of the command line."""
+    theirs, ours = (item.model_dump(mode="json")[name] for item in (base, given))
+    option = "--no-drop" if name == "drop" else f"--{name.replace('_', '-')}"
+    if isinstance(ours, bool):
+        return f"{option}: the search in {folder} ran {'with' if theirs is not (name == 'drop') else 'without'} it"
+    return f"{option}: the search in {folder} ran with {_text(theirs)}, not {_text(ours)}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def read_search(folder: str | Path) -> EarlierSearch:

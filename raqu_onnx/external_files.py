@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
+from difflib import get_close_matches
 from pathlib import Path, PureWindowsPath
 
 import onnx_ir as ir
 
-__all__ = ["external_problem"]
+__all__ = ["external_problem", "nearest_file"]
 
 
 def external_problem(tensor: ir.ExternalTensor) -> str | None:
@@ -49,3 +50,17 @@ def _extent_problem(tensor: ir.ExternalTensor, size: int) -> str | None:
     if offset + needed > size:
         return f"is too short: {size} bytes, needs {offset + needed}"
     return None
+
+
+def nearest_file(path: Path) -> str:
+    """What to do about a file that is not there: the one beside it whose name is most like it, if there is one."""
+    try:
+        beside = {item.stem: item for item in path.parent.iterdir() if item.suffix == path.suffix}
+    except OSError:
+        return f"; there is no folder {path.parent} either"
+    near = get_close_matches(path.stem, beside, 1)
+    return (
+        f"; did you mean {path.with_name(beside[near[0]].name)}?"
+        if near
+        else "; name a file, as in `raqu-onnx inspect model.onnx`"
+    )

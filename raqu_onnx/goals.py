@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raqu_onnx.config import OptimizeConfig
     from raqu_onnx.hardware import Chip
 
-__all__ = ["DEFAULT_ACCURACY_DROP", "goal_of", "goal_on"]
+__all__ = ["DEFAULT_ACCURACY_DROP", "goal_of", "goal_on", "require_search"]
 
 #: Points of accuracy that may be lost when neither a limit nor a drop is given.
 DEFAULT_ACCURACY_DROP = 0.5
@@ -61,6 +61,23 @@ def goal_on(config: OptimizeConfig, chip: Chip) -> Goal:
         return Goal(max_accuracy_drop=None, fit_chip=True)
     _require_figures(goal, config, chip)
     return goal
+
+
+def require_search(config: OptimizeConfig) -> None:
+    """Make sure that there is a search for what says how it is carried out.
+
+    Raises:
+        ConfigError: The widths are fixed, and nothing is left to be sought.
+    """
+    given = {
+        "--workers": config.workers > 1, "--dask": config.dask is not None, "--timeout": config.timeout is not None
+    }  # fmt: skip
+    if config.search_settings.is_uniform:
+        for option in (name for name, is_given in given.items() if is_given):
+            raise ConfigError(
+                f"{option}: the widths are fixed, so that there is no search for it to act on; leave it out, or give a "
+                "range such as `--weight-bits 2-8`"
+            )
 
 
 def _require_figures(goal: Goal, config: OptimizeConfig, chip: Chip) -> None:

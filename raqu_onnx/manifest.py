@@ -160,9 +160,13 @@ def parse_manifest(path: str | Path) -> ParsedManifest:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ManifestError(
+            f"{path}: cannot be read: {error.strerror or error}; give the folder that optimize wrote"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: is not UTF-8 text") from error
+        raise ManifestError(
+            f"{path}: is not UTF-8 text; give the folder that optimize wrote, or its manifest"
+        ) from error
     try:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from raqu_onnx.data_base import InputSpec
 from raqu_onnx.errors import ModelError, OutputError
-from raqu_onnx.external_files import external_problem
+from raqu_onnx.external_files import external_problem, nearest_file
 from raqu_onnx.graph_edit import all_finite, model_graphs, one_line, weight_values
 from raqu_onnx.memory import in_memory, leave_message
 
@@ -66,6 +66,8 @@ def load_model(source: str | Path | onnx.ModelProto | ir.Model, *, check_weights
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
         model = _deserialized(proto, where)
+    elif not isinstance(source, str | Path):
+        raise ModelError(f"model of type {type(source).__name__}: give a path, an onnx.ModelProto or an onnx_ir.Model")
     else:
         path = Path(source)
         where = str(source)
@@ -186,11 +188,11 @@ def _read(path: Path) -> onnx.ModelProto:
         if stat.S_ISREG(status.st_mode) and status.st_size:
             return onnx.load(str(path), format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file") from error
+        raise ModelError(f"{path}: no such file{nearest_file(path)}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:  # protobuf's own, which needs no import of protobuf this way
-        raise ModelError(f"{path}: is not an ONNX file, or is cut short") from error
+        raise ModelError(f"{path}: is not an ONNX file, or is cut short; give what your exporter wrote") from error
     if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"{path}: is a folder, not an ONNX file")
     kind = "empty" if stat.S_ISREG(status.st_mode) else "not a regular file"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raqu_onnx.hardware import Chip
     from raqu_onnx.tiling import Matrix
 
-__all__ = ["Parts", "place_in_parts", "require_parts", "without_counts"]
+__all__ = ["Parts", "place_in_parts", "require_parts", "too_large_alone", "without_counts"]
 
 #: Most partitions, or as few as will do.
 Parts = int | Literal["auto"]
@@ -84,6 +84,16 @@ def place_in_parts(
             "allow more, or use fewer bits or a larger chip"
         )
     return _joined(matrices, chip, placed)
+
+
+def too_large_alone(matrices: Mapping[str, Matrix], chip: Chip) -> str:
+    """The first node that does not fit a chip even alone, empty where each does."""
+    for name, matrix in matrices.items():
+        try:
+            place({name: matrix}, chip)
+        except DoesNotFitError:
+            return name
+    return ""
 
 
 def _furthest(matrices: Mapping[str, Matrix], chip: Chip, order: Sequence[str], start: int) -> tuple[int, Placement]:

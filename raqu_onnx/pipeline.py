@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from raqu_onnx.data import take
 from raqu_onnx.errors import ConfigError, ModelError, RaquError
-from raqu_onnx.goals import goal_on
+from raqu_onnx.goals import goal_on, require_search
 from raqu_onnx.manifest import DataProvenance
 from raqu_onnx.memory import release_freed
 from raqu_onnx.partitioning import require_parts
@@ -266,6 +266,7 @@ def _require_effect(config: OptimizeConfig) -> None:
             f"--fit-samples: weight method {config.weight_method} fits on {on}; leave it out, or use `--weight-method "
             "sequential`"
         )
+    require_search(config)
     if config.activation_bits is None and config.input_bits != defaults["input_bits"].default:
         raise ConfigError(
             "--input-bits: with `--activation-bits float` the model's own inputs stay float too; leave one of them out"

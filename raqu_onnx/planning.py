@@ -14,7 +14,7 @@ from raqu_onnx.hardware import Chip, load_chip
 from raqu_onnx.inspection import place_anyway
 from raqu_onnx.model_io import load_model
 from raqu_onnx.output import check_output
-from raqu_onnx.partitioning import without_counts
+from raqu_onnx.partitioning import too_large_alone, without_counts
 from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
 from raqu_onnx.passes.tidy import TidyPass
 from raqu_onnx.pipeline import Resources, build_pipeline
@@ -107,7 +107,9 @@ def _room(model: ir.Model, chip: Chip, config: OptimizeConfig, kept: frozenset[i
     short = shortage(chip, placed.crossbars_by_type)
     over = not fits or placed.crossbars > (config.max_crossbars or placed.crossbars)
     if not settings.drops:
-        check_room(chip, goal_on(config, chip), settings, need=placed.crossbars, fits=fits, short=short)
+        alone = "" if fits else too_large_alone(placed.matrices, chip)
+        goal = goal_on(config, chip)
+        check_room(chip, goal, settings, need=placed.crossbars, fits=fits, short=short, alone=alone)
     taken = "1 crossbar" if placed.crossbars == 1 else f"{placed.crossbars} crossbars"
     text = f"{settings.weight_bits[0]} bits for every kernel take {taken}"
     # How many kernels can go is known only when their losses are.

@@ -24,6 +24,7 @@ from raqu_onnx.model_io import load_model, model_digest, model_inputs
 from raqu_onnx.validate_backend import check_crossbars
 from raqu_onnx.validate_model import EmittedModel
 from raqu_onnx.validate_phases import CELLS_FILE, MANIFEST_FILE, MODEL_FILE, FolderChecks
+from raqu_onnx.validate_qonnx import check_qonnx
 from raqu_onnx.validate_report import Check, Checklist, ValidationReport
 from raqu_onnx.validate_runs import LevelRuns
 
@@ -83,6 +84,8 @@ def validate(
     sound = all(check.passed is not False for check in checklist.checks)
     # Codes are read from the model where nothing is wrong with it.
     saturating = _saturating(EmittedModel(model, manifest)) if sound and manifest is not None else []
+    if sound and manifest is not None:
+        check_qonnx(folder, model, manifest, checklist)
     feeds = data or _generated(model, seed, checklist)
     scores: dict[str, Score] = {}
     if feeds is not None:

@@ -19,7 +19,6 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
 
-_SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
 # `<!-- needs: olive -->` before a block: it runs where that package is installed.
 _NEEDS = re.compile(r"<!-- needs: (\w+) -->")
@@ -43,16 +42,15 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Blocks of a page with their snippets filled in."""
+    """Blocks of a page."""
     needs = None
     for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
         if token.type == "html_block" and (found := _NEEDS.match(token.content.strip())):
             needs = found[1]
         if token.type == "fence" and token.map is not None:
-            text = _SNIPPET.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), token.content)
             title = _TITLE.search(token.info)
             where = f"{page.name}:{token.map[0] + 1}"
-            yield Block(token.info.split(" ")[0], title[1] if title else None, text, where, needs)
+            yield Block(token.info.split(" ")[0], title[1] if title else None, token.content, where, needs)
             needs = None
 
 

@@ -65,7 +65,7 @@ def test_latencies_are_read(text: object, found: tuple[float | None, int | None]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ns", "-3us", "0ns", "3 parsec", "1.5cycles", True, None, math.inf, "1e999ns", []]
+    "text", ["", "5", "ns", "-3us", "0ns", "3 parsec", "1.5cycles", True, None, math.inf, "1e999ns", []]
 )
 def test_what_is_no_latency_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match=r"latency|cycles"):
@@ -73,8 +73,8 @@ def test_what_is_no_latency_is_refused(text: object) -> None:
 
 
 def test_energies_are_read() -> None:
-    assert [parse_energy(text) for text in ("300", "300pJ", "12nJ", "0.5uJ", "1mJ")] == [300, 300, 12e3, 5e5, 1e9]
-    for text in ("3us", "0", "x", None):
+    assert [parse_energy(text) for text in (300, "300pJ", "12nJ", "0.5uJ", "1mJ")] == [300, 300, 12e3, 5e5, 1e9]
+    for text in ("3us", "300", "0", "0pJ", "x", None):
         with pytest.raises(ValueError, match="energy"):
             parse_energy(text)
 

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import raqu_onnx
 import raqu_onnx.passes.search_bits as search_pass
+from raqu_onnx.cli.front import print_front
 from raqu_onnx.evaluation import Score
 from raqu_onnx.front import FrontReport
 from raqu_onnx.manifest import digest_of, read_manifest
@@ -131,6 +133,15 @@ def test_the_front_is_listed(cli: Cli) -> None:
     assert int(written[0][1]) == report["figures"][-1]["crossbars"]
 
 
+@pytest.mark.parametrize(("judged", "said"), [(3, "this point alone"), (1, "")])
+def test_a_front_of_one_point_says_how_others_are_found(
+    judged: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_front(cast("SearchResult", SimpleNamespace(front=[object()], evaluations=[object()] * judged)))
+    out = capsys.readouterr().out
+    assert said in out if said else out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -140,7 +151,14 @@ def test_the_front_is_listed(cli: Cli) -> None:
         (("--choose", "0", "--from", "out"), "--choose: must be at least 1"),
         (("--choose", "1", "--from", "nowhere"), "no result folder"),
         (("--choose", "1", "--from", "out", "--seed", "3"), "--seed: the search in out ran with 0, not 3"),
-        (("--choose", "1", "--from", "out", "--max-crossbars", "3"), "--max-crossbars"),
+        (("--choose", "1", "--from", "out", "--max-crossbars", "3"), "--max-crossbars: the search in out ran with "),
+        (
+            ("--choose", "1", "--from", "out", "--weight-bits", "4"),
+            "--weight-bits: the search in out ran with 2-8, not 4;",
+        ),
+        (("--choose", "1", "--from", "out", "--keep", "first,last"), "ran with none, not first,last;"),
+        (("--choose", "1", "--from", "out", "--equalize"), "--equalize: the search in out ran without it;"),
+        (("--choose", "1", "--from", "out", "--no-drop"), "--no-drop: the search in out ran without it;"),
         (("--choose", "1", "--from", "out", "--hw", "generic"), "chip generic"),
         (("--choose", "1", "--from", "out", "--calibration", "eval.npz"), "--calibration: eval.npz"),
         (("--choose", "1", "--from", "out", "--selection", "eval.npz"), "--selection: eval.npz"),
@@ -151,6 +169,25 @@ def test_what_is_not_of_that_search_is_refused(
     refused: Callable[..., str], workspace: Path, arguments: tuple[str, ...], said: str
 ) -> None:
     refused(workspace, ("optimize", "model.onnx", *arguments, "-o", "new"), said)
+
+
+@pytest.mark.usefixtures("report")
+def test_files_are_found_from_another_folder(
+    cli: Cli, refused: Callable[..., str], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("optimize", "-o", "here", "--choose", 1, "--from", "out").code == 0
+    elsewhere = workspace / "deep" / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert cli("optimize", "-o", "there", "--choose", 1, "--from", "../../out").code == 0
+    assert Path("there/model.onnx").read_bytes() == (workspace / "here/model.onnx").read_bytes()
+    (workspace / "selection.npz").rename(workspace / "moved.npz")
+    run = ("optimize", "--choose", 1, "--from", "../../out", "-o", "new")
+    said = refused(workspace, run, "relative to the folder that it was run in")
+    assert "model.onnx: no such file" in said
+    files = {"--calibration": "calibration.npz", "--selection": "moved.npz", "--eval": "eval.npz", "--hw": "chip.toml"}
+    named = [word for option, file in files.items() for word in (option, f"../../{file}")]
+    assert cli("optimize", "../../model.onnx", *run[1:], *named).code == 0
 
 
 @pytest.mark.usefixtures("report")

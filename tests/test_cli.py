@@ -249,6 +249,18 @@ def test_the_schema_is_printed(cli: Cli) -> None:
 # ------------------------------------------------------------------------------------------- what is said
 
 
+def test_debug_tells_where_an_error_was_raised(cli: Cli, workspace: Path) -> None:
+    (workspace / "bad\x1b[2J.onnx").write_text("no model")
+    plain, debug = (cli("inspect", "bad\x1b[2J.onnx", *more) for more in ((), ("--debug",)))
+    assert plain.code == debug.code == 2
+    assert "Traceback" not in plain.err
+    assert debug.err.startswith("Traceback (most recent call last):\n")
+    assert "model_io.py" in debug.err
+    assert debug.err.endswith(plain.err)
+    assert "\x1b" not in debug.err
+    assert cli("inspect", "model.onnx", "--debug").err == cli("inspect", "model.onnx").err
+
+
 def test_quiet_and_verbose(cli: Cli, workspace: Path) -> None:
     run = ("optimize", "model.onnx", "--evaluations", "1", "--hw", "chip.toml", "--weight-bits", "8", "--force")
     plain, verbose, debug = cli(*run), cli(*run, "-v"), cli(*run, "-vv")
@@ -336,6 +348,8 @@ def test_passes_are_listed_with_their_options(cli: Cli) -> None:
     assert [line.split()[0] for line in lines if line[:1].isalpha()][: len(PASSES)] == list(PASSES)
     assert "    minimum_opset = 13" in lines
     assert lines[-1] == f"default pipeline: {','.join(DEFAULT_PIPELINE)}"
+    assert "write-qonnx  (with --emit qonnx)" in ran.out
+    assert "equalize  (with --equalize)" in ran.out
     found = one_object(cli("passes", "--format", "json").out)
     assert [item["name"] for item in found["passes"]] == list(PASSES)
     assert cli(*RUN[:1], "absent.onnx", "--passes", ",".join(found["default_pipeline"])).code == 2

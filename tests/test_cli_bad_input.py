@@ -219,7 +219,7 @@ def test_a_chip_that_is_too_small_is_refused(refused: Refused, workspace: Path) 
     run = ("optimize", "model.onnx", *DATA)
     refused(workspace, (*run, "--hw", "one.toml", "--no-drop"), "small", "2 bits", "larger chip")
     refused(workspace, (*run, "--hw", "one.toml", "--weight-bits", "8"), "small")
-    refused(workspace, (*run, "--hw", "chip.toml", "--max-crossbars", "1", "--no-drop"), "1 crossbars are too few")
+    refused(workspace, (*run, "--hw", "chip.toml", "--max-crossbars", "1", "--no-drop"), "1 crossbar is too few")
     (workspace / "narrow.toml").write_text(text.replace("cols = 16", "cols = 1"))
     for bits in ("8", "4-8"):
         refused(workspace, (*run, "--hw", "narrow.toml", "--weight-bits", bits), "conv1", "wider")

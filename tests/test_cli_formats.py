@@ -58,7 +58,12 @@ def test_every_result_can_be_json() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_every_json_has_the_number_of_its_schema(cli: Callable[..., Any]) -> None:
-    for command in (RUN, (*RUN, "--dry-run", "--force"), *((*name.split(), *more) for name, more in RESULTS.items())):
+    for command in (
+        RUN,
+        (*RUN, "--dry-run", "--force"),
+        (*RUN, "--show-config"),
+        *((*name.split(), *more) for name, more in RESULTS.items()),
+    ):
         ran = cli(*command, *(() if "--format" in command else ("--format", "json")))
         assert ran.code == 0, ran.err
         assert json.loads(ran.out)["schema_version"] >= 1, command

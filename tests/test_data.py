@@ -152,7 +152,7 @@ def test_split_is_disjoint_complete_and_repeatable(count, share, seed, batch_siz
 def test_split_depends_on_the_seed_and_needs_two_samples():
     dataset = open_dataset({"input": images(30)}, IMAGE)
     assert ids(split(dataset, 0.5, 0)[0]) != ids(split(dataset, 0.5, 1)[0])
-    with pytest.raises(DataError, match="holds 1 samples, too few to split"):
+    with pytest.raises(DataError, match="holds 1 sample, too few to split"):
         split(take(dataset, 1), 0.5, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
         split(dataset, 1.0, 0)

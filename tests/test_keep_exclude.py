@@ -258,7 +258,7 @@ def test_a_dry_run_sees_that_no_widths_can_fit(
     run = (*RUN, "--max-crossbars", "1", "--no-drop", *options)
     dry = cli(*run, "--dry-run")
     assert dry.code == 2
-    assert dry.err.startswith("error: 1 crossbars are too few: the smallest widths, ")
+    assert dry.err.startswith("error: 1 crossbar is too few: the smallest widths, ")
     assert advice in dry.err
     assert absent not in dry.err
     assert cli(*run, "-o", "out").err.splitlines()[-1] == dry.err.strip()

@@ -45,8 +45,16 @@ def test_sources_in_memory_are_not_changed(file: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert refused(tmp_path / "none.onnx").endswith("no such file")
+    assert refused(tmp_path / "none.onnx").endswith("no such file; name a file, as in `raqu-onnx inspect model.onnx`")
+    (tmp_path / "resnet.onnx").touch()
+    assert refused(tmp_path / "resnt.onnx").endswith(f"no such file; did you mean {tmp_path / 'resnet.onnx'}?")
+    assert refused(tmp_path / "no" / "none.onnx").endswith(f"there is no folder {tmp_path / 'no'} either")
     assert "is a folder" in refused(tmp_path)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^model of type int: give a path, an onnx\.ModelProto or an onnx_ir\.Model$"):
+        load_model(42)  # type: ignore[arg-type]
 
 
 def test_unreadable_kinds_of_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from raqu_onnx.cli.costs import bits_column
-from raqu_onnx.cli.printing import console, counted, print_json, print_table, printable, shortened
+from raqu_onnx.cli.printing import console, counted, hanging, print_json, print_table, printable, shortened
 
 NAMES = [f"/blocks/block{block}/{part}/conv/Conv" for block in range(9) for part in ("expand", "project")]
 
@@ -45,6 +45,15 @@ def terminal(columns: int) -> Console:
     out = console()
     out.width = columns
     return out
+
+
+@given(st.lists(st.text("ab-/", min_size=1, max_size=30), min_size=1).map(" ".join), st.integers(0, 30))
+def test_long_text_hangs_under_its_first_line(text: str, indent: int) -> None:
+    lines = hanging(terminal(80), text, indent).split("\n")
+    assert " ".join(line.strip() for line in lines) == text
+    assert all(len(line) <= 80 - (indent if line is lines[0] else 0) for line in lines)
+    assert all(line.startswith(" " * indent) and not line[indent:].startswith(" ") for line in lines[1:])
+    assert hanging(console(), text, indent) == text
 
 
 def printed(capsys: pytest.CaptureFixture[str], columns: int, rows: list[list[str]]) -> list[str]:

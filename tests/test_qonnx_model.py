@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 from result_folders import ISAAC, PAIRS
 
 from raqu_onnx.errors import ManifestError
@@ -18,7 +21,10 @@ from raqu_onnx.evaluation import make_session
 from raqu_onnx.manifest import read_manifest
 from raqu_onnx.model_io import load_model, to_proto
 from raqu_onnx.output import QONNX_FILE
+from raqu_onnx.passes import WriteQonnxPass
 from raqu_onnx.qonnx_model import QONNX_DOMAIN, qonnx_model
+from raqu_onnx.validate_qonnx import check_qonnx
+from raqu_onnx.validate_report import Check, Checklist
 
 QUANT = onnx.parser.parse_function(
     """<opset_import: ["": 17], domain: "qonnx.custom_op.general">
@@ -104,9 +110,85 @@ def test_optimize_writes_it_when_asked(workspace: Path, cli: Callable[..., Any])
     assert ran.code == 0, ran.err
     domains = {item.domain for item in onnx.load(workspace / "out" / QONNX_FILE).opset_import}
     assert QONNX_DOMAIN in domains
+    checks = json.loads(cli("validate", "out", "--format", "json").out)["checks"]
+    assert "qonnx.model" in {check["name"] for check in checks if check["passed"]}
     # A later run without it takes the file away, which would belong to another model.
     assert cli("optimize", "model.onnx", *FAST, "-o", "out", "--evaluations", 0, "--force").code == 0
     assert not (workspace / "out" / QONNX_FILE).exists()
+
+
+def _other_weight(model: onnx.ModelProto) -> None:
+    weight = next(item for item in model.graph.initializer if len(item.dims) == 4)
+    changed = numpy_helper.to_array(weight).copy()
+    changed.reshape(-1)[0] += 0.5
+    weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
+
+
+def _other_width(model: onnx.ModelProto) -> None:
+    quant = next(node for node in model.graph.node if node.op_type == "Quant")
+    width = next(item for item in model.graph.initializer if item.name == quant.input[3])
+    width.CopyFrom(numpy_helper.from_array(np.array(7, np.float32), width.name))
+
+
+def _other_attribute(model: onnx.ModelProto) -> None:
+    quant = next(node for node in model.graph.node if node.op_type == "Quant")
+    signed = next(item for item in quant.attribute if item.name == "signed")
+    signed.i = 1 - signed.i
+
+
+def _another_node(model: onnx.ModelProto) -> None:
+    model.graph.node.append(onnx.helper.make_node("Relu", [model.graph.input[0].name], ["more"], name="more"))
+
+
+def _fewer_outputs(model: onnx.ModelProto) -> None:
+    model.graph.output.pop()
+
+
+@pytest.fixture
+def with_qonnx(sound: dict[str, Path], tmp_path: Path) -> Path:
+    """A result with its QONNX form."""
+    folder = Path(shutil.copytree(sound[ISAAC], tmp_path / "result"))
+    WriteQonnxPass(folder)(load_model(folder / "model.onnx"))
+    return folder
+
+
+def found_in(folder: Path) -> Check:
+    checklist = Checklist()
+    check_qonnx(folder, load_model(folder / "model.onnx"), read_manifest(folder / "manifest.json"), checklist)
+    return checklist.checks[0] if checklist.checks else Check("none", None, "")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_other_weight, "is not what model.onnx holds"),
+        (_other_width, "is not what model.onnx holds"),
+        (_other_attribute, "its nodes are not those of model.onnx, from node "),
+        (_another_node, "its nodes are not those of model.onnx, from node the end on"),
+        (_fewer_outputs, "its outputs are "),
+        (lambda model: model.graph.initializer.pop(), "is not a valid ONNX model"),
+    ],
+)
+def test_every_change_of_it_is_found(with_qonnx: Path, damage: Callable[[onnx.ModelProto], object], says: str) -> None:
+    assert found_in(with_qonnx).passed is True
+    model = onnx.load(with_qonnx / QONNX_FILE)
+    damage(model)
+    onnx.save(model, with_qonnx / QONNX_FILE)
+    check = found_in(with_qonnx)
+    assert check.passed is False
+    assert says in check.detail
+    assert "`optimize --emit qonnx` writes it anew" in check.detail
+
+
+def test_a_result_without_it_is_no_worse(with_qonnx: Path) -> None:
+    (with_qonnx / QONNX_FILE).unlink()
+    # Nobody asked this folder's run for it; where somebody did, the check says that it was not made.
+    assert found_in(with_qonnx).name == "none"
+    manifest = read_manifest(with_qonnx / "manifest.json")
+    asked = manifest.model_copy(update={"configuration": {"emit": ["qonnx"]}})
+    checklist = Checklist()
+    check_qonnx(with_qonnx, load_model(with_qonnx / "model.onnx"), asked, checklist)
+    assert [check.passed for check in checklist.checks] == [None]
 
 
 def test_an_unknown_form_is_refused(workspace: Path, refused: Callable[..., str]) -> None:

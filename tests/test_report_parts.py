@@ -18,10 +18,11 @@ from raqu_onnx.cli.optimize import _overrides, add_parser
 from raqu_onnx.config import OptimizeConfig, load_config
 from raqu_onnx.data import PictureOptions
 from raqu_onnx.front import ScoreReport
+from raqu_onnx.hardware import load_chip
 from raqu_onnx.html.command import changed_settings, command_of, given_in_memory
 from raqu_onnx.html.content import quality
 from raqu_onnx.html.floor_plan import floor_plan, ranges_text
-from raqu_onnx.html.outcome import loss_sentence
+from raqu_onnx.html.outcome import data_sentence, evaluation_metric, loss_sentence
 from raqu_onnx.html.palette import layer_colours
 from raqu_onnx.manifest import Manifest, read_manifest
 from raqu_onnx.manifest_view import to_ranges
@@ -117,6 +118,8 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
     "eval": NAMES,
     "max_crossbars": st.integers(1, 10**6),
     "max_accuracy_drop": st.floats(0, 100),
+    "max_latency": st.sampled_from(["2.5us", "40000cycles"]),
+    "max_energy": st.sampled_from(["3pJ", "0.5uJ"]),
     "weight_bits": st.sampled_from(["2-8", "4", "3-6"]),
     "activation_bits": st.sampled_from(["float", "4-8", 8]),
     "replicate": st.sampled_from(["chip", 7]),
@@ -185,6 +188,12 @@ def test_numbers_have_all_their_digits() -> None:
     assert command == "raqu-onnx optimize m.onnx --max-accuracy-drop 0.123456789"
 
 
+def test_numbers_get_the_unit_that_an_option_needs() -> None:
+    config = OptimizeConfig(model="m.onnx", max_latency=2500, max_energy=0.5)
+    command = command_of(config.recorded)
+    assert command == "raqu-onnx optimize m.onnx --max-latency 2500.0ns --max-energy 0.5pJ"
+
+
 def test_a_chosen_point_names_its_search_and_nothing_that_is_taken_from_it() -> None:
     pictures = PictureOptions(resize=256)
     config = OptimizeConfig(model="m.onnx", hw="chip.toml", seed=3, cells=True, fit_chip=False, pictures=pictures)
@@ -212,10 +221,25 @@ def test_what_was_given_in_memory_is_named(
     roles = dict(zip(("calibration", "selection", "evaluation"), used, strict=True))
     held = {role: None if name is None else data(name, synthetic=name == "synthetic") for role, name in roles.items()}
     report = cast("Report", SimpleNamespace(data=held))
-    assert (
-        given_in_memory(OptimizeConfig.model_validate({"model": "m.onnx", **given_settings}).recorded, report)
-        == missing
-    )
+    recorded = OptimizeConfig.model_validate({"model": "m.onnx", **given_settings}).recorded
+    assert given_in_memory(recorded, report, load_chip("generic")) == missing
+
+
+@pytest.mark.parametrize(
+    ("hw", "changes", "named"),
+    [
+        ("isaac", {}, True),
+        ("isaac", {"dac_bits": 2}, False),
+        ("own", {"name": "own"}, False),
+        ("own.toml", {"name": "own"}, True),
+        ("own.toml", {"name": "own.toml"}, True),
+    ],
+)
+def test_a_chip_object_has_no_name_that_a_command_could_give(hw: str, changes: dict[str, Any], named: bool) -> None:
+    chip = load_chip("isaac").model_copy(update=changes)
+    report = cast("Report", SimpleNamespace(data={}))
+    recorded = OptimizeConfig(model="m.onnx", hw=hw).recorded
+    assert given_in_memory(recorded, report, chip) == ([] if named else ["chip"])
 
 
 def test_a_model_in_memory_has_no_command() -> None:
@@ -259,6 +283,35 @@ def test_the_loss_is_told_as_it_is_added_up(score: ScoreReport, divergence: bool
     loss = Score(**score.model_dump()).loss
     lacking = 1 - (score.value if score.value is not None else score.top1 or 0.0)
     assert loss == pytest.approx((0.5 if divergence else 0.01) + (0.1 * lacking if counted else 0.0))
+
+
+@pytest.mark.parametrize(("tried", "says"), [(3, "widths were chosen on c.npz"), (1, "figures are of c.npz")])
+def test_nothing_is_chosen_at_fixed_widths(tried: int, says: str) -> None:
+    held = {"calibration": data("c.npz"), "selection": data("c.npz"), "evaluation": None}
+    report = cast("Report", SimpleNamespace(data=held, evaluations=[object()] * tried))
+    assert data_sentence(report) == f"Ranges were measured on c.npz (8 samples); {says} (8 samples)."
+
+
+def figures(selection: ScoreReport | None, evaluation: ScoreReport | None) -> Any:
+    return SimpleNamespace(selection=selection, evaluation=evaluation)
+
+
+@pytest.mark.parametrize(
+    ("selection", "evaluation", "said"),
+    [
+        (LABELLED, LABELLED, ""),
+        (LABELLED, CLASSES, "agreement with the float model"),
+        (CLASSES, LABELLED, "accuracy"),
+        (LABELLED, None, ""),
+        (NOTHING, NOTHING, ""),
+        (measured(CLASSES, "agreement", 0.75), measured(LABELLED, "agreement", 0.75), ""),
+    ],
+)
+def test_unseen_data_without_labels_is_told_apart(
+    selection: ScoreReport, evaluation: ScoreReport | None, said: str
+) -> None:
+    report = SimpleNamespace(figures=[figures(selection, evaluation)] * 2)
+    assert evaluation_metric(cast("Report", report)) == said
 
 
 def test_an_infinite_divergence_is_no_agreement() -> None:

@@ -1,14 +1,21 @@
-"""A hook of mkdocs: writes the tables of keys from the typed models, so that they cannot go stale.
+"""Fills the tables of keys into the pages of docs/, from the typed models, and the example files that they show.
 
-Where a page says ``<!-- keys: NAME -->``, the tables of `chip`, `manifest` or `settings` come. `tools/mkdocs.yml` names
-this file under `hooks`.
+    python tools/docs_keys.py            # write them again
+    python tools/docs_keys.py --check    # exit with 1 if a page is not current; tests do the same
+
+A table stands between ``<!-- keys: NAME -->`` and ``<!-- /keys -->``, where NAME is `chip`, `manifest` or `settings`; a
+file is the fenced block that follows ``<!-- file: PATH -->``. Both stand in the pages, since these are read in the
+repository as well as on the site.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
+import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,24 +24,44 @@ from raqu_onnx.config import OptimizeConfig
 from raqu_onnx.hardware import Chip, Components, CrossbarType, Hierarchy
 from raqu_onnx.manifest import manifest_schema
 
-__all__ = ["CHIP_PARTS", "expand", "on_page_markdown", "tables"]
+__all__ = ["CHIP_PARTS", "PAGES", "filled", "tables"]
 
-_MARK = re.compile(r"<!-- keys: (\w+) -->")
+_ROOT = Path(__file__).parents[1]
+#: Pages that are filled.
+PAGES = tuple(sorted((_ROOT / "docs").glob("*.md")))
+_KEYS = re.compile(r"(<!-- keys: (\w+) -->)\n.*?(<!-- /keys -->)", re.DOTALL)
+_FILE = re.compile(r"(<!-- file: (\S+) -->\n+```[^\n]*\n).*?(```\n)", re.DOTALL)
 _ATTRIBUTE = re.compile(r"^(\w+): (.*)$")
 #: Parts of the manifest's schema that the chip file's own page tells of.
 CHIP_PARTS = ("Chip", "Components", "CrossbarType", "Hierarchy", "JsonValue")
+# Headings of the chip file's tables, which are not named like the model.
+_ANCHORS = {"CrossbarType": "crossbars"}
 # Numbers that JSON readers with doubles can hold: no limit that a reader must know.
 _LARGEST = 2**53 - 1
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """What mkdocs calls with every page's text."""
-    return expand(markdown)
+def main() -> None:
+    """Write all pages again, or say which are not current."""
+    parser = argparse.ArgumentParser(description="fill tables of keys and example files into the pages of docs/")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not current")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if page.read_text(encoding="utf-8") != filled(page.read_text(encoding="utf-8"))]
+    for page in stale:
+        print(page.relative_to(_ROOT))
+        if not check:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if check and stale:
+        sys.exit("these pages are not current: run tools/docs_keys.py")
 
 
-def expand(markdown: str) -> str:
-    """Replace every mark by its tables."""
-    return _MARK.sub(lambda found: tables(found[1]), markdown)
+def filled(markdown: str) -> str:
+    """A page with its tables and example files as they are now."""
+    markdown = _KEYS.sub(lambda found: f"{found[1]}\n\n{tables(found[2])}\n\n{found[3]}", markdown)
+    return _FILE.sub(lambda found: f"{found[1]}{_example(found[2])}{found[3]}", markdown)
+
+
+def _example(path: str) -> str:
+    return (_ROOT / path).read_text(encoding="utf-8")
 
 
 def tables(name: str) -> str:
@@ -64,7 +91,7 @@ def _chip_tables() -> str:
     ):
         part = schema["$defs"][key]
         table = _table(part["properties"], _attributes(model), part.get("required", []))
-        parts.append(f"### {title} {{ #{key.lower()} }}\n\n{_first_line(model)}\n\n{table}")
+        parts.append(f"### {title}\n\n{_first_line(model)}\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -76,7 +103,7 @@ def _manifest_tables() -> str:
             continue
         text = str(part["description"]).split("\n\n")
         parts.append(
-            f"### {name} {{ #{name.lower()} }}\n\n"
+            f"### {name}\n\n"
             + "\n\n".join(text)
             + "\n\n"
             + _table(part["properties"], _described({**part, "$defs": schema["$defs"]}), None)
@@ -133,7 +160,7 @@ def _kind(part: dict[str, Any]) -> str:
         return (
             "any JSON value"
             if name == "JsonValue"
-            else f"[{name}](#{name.lower()})"
+            else f"[{name}](#{_ANCHORS.get(name, name.lower())})"
             if name != "Chip"
             else "[chip](chip-file.md)"
         )
@@ -194,7 +221,8 @@ def _attributes(model: type[BaseModel]) -> dict[str, str]:
             found[key] = start[2]
         elif line.strip():
             found[key] += f" {line.strip()}"
-    return found
+    # A chip file knows no None: what has no value is left out.
+    return {key: text.replace("None ", "left out ") for key, text in found.items()}
 
 
 def _first_line(model: type[BaseModel]) -> str:
@@ -204,3 +232,7 @@ def _first_line(model: type[BaseModel]) -> str:
 def _escaped(text: str) -> str:
     """Text for a cell of a table."""
     return text.replace("|", "\\|").replace("[", "\\[").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    main()

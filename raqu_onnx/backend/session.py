@@ -47,7 +47,7 @@ def converters(chip: Chip, bits: int | Literal["chip", "ideal"]) -> Adc:
     if bits == "ideal":
         return Adc(None, chip.adc_signed)
     if not 1 <= bits <= 32:
-        raise ConfigError(f"adc_bits is {bits}, must be 1 to 32, chip or ideal")
+        raise ConfigError(f"--adc-bits: must be 1 to 32, chip or ideal, found {bits}")
     return Adc(bits, chip.adc_signed)
 
 

@@ -123,9 +123,9 @@ def simulate(
     count = _repeats(repeats, errors)
     for name, value in (("samples", samples), ("threads", threads)):
         if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, must be at least 1")
+            raise ConfigError(f"--{name}: must be at least 1, found {value}")
     if seed < 0:
-        raise ConfigError(f"seed is {seed}, must be 0 or more")
+        raise ConfigError(f"--seed: must be at least 0, found {seed}")
     mapped = open_folder(out_dir)
     setting = Setting(converters(mapped.manifest.chip, adc_bits), errors, seed)
     data = open_dataset(dataset, model_inputs(mapped.model))
@@ -148,11 +148,12 @@ def simulate(
 
 def _repeats(repeats: int | None, errors: CellErrors) -> int:
     if repeats is not None and repeats < 1:
-        raise ConfigError(f"repeats is {repeats}, must be at least 1")
+        raise ConfigError(f"--repeats: must be at least 1, found {repeats}")
     if not errors.any:
         if repeats is not None and repeats > 1:
             raise ConfigError(
-                f"repeats is {repeats}, but nothing is drawn at random: give variation, stuck or read noise"
+                f"--repeats {repeats}: nothing is drawn at random, so that all chips would give the same; leave it "
+                "out, or give --variation, --stuck or --read-noise"
             )
         return 1
     return _REPEATS if repeats is None else repeats

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -138,7 +139,16 @@ def _run(arguments: list[str]) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except BrokenPipeError:
+        raise
+    except (RaquError, OSError):
+        if getattr(args, "debug", False):
+            # Names in it may ask a terminal for anything.
+            for line in traceback.format_exc().splitlines():
+                print(printable(line), file=sys.stderr)
+        raise
     return code
 
 

@@ -16,18 +16,24 @@ __all__ = ["print_front"]
 
 # Lines of the table; a longer front stands in report.json.
 _MOST = 16
+_ALONE = (
+    "the front: this point alone, as no candidate within the limits takes less or loses less; wider limits, or "
+    "--max-accuracy-drop in their place, show what other budgets would give"
+)
 
 
 def print_front(search: SearchResult) -> None:
-    """Print the points of a front with their numbers, the written one marked; nothing where there is no choice.
+    """Print the points of a front with their numbers, the written one marked; a sentence where there is one.
 
     Args:
         search: The search.
     """
     front = search.front
-    if len(front) < 2:
-        return
     out = console()
+    if len(front) < 2:
+        if len(search.evaluations) > 1:
+            out.print(_ALONE)
+        return
     shown = _around(len(front), search.chosen_number)
     rows = [_cells(search, k) for k in shown]
     metric = search.reference.metric

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.cli.options import add_debug
 from raqu_onnx.cli.printing import console
 from raqu_onnx.errors import ChipError
 from raqu_onnx.hardware import Chip, ChipFileError, builtin_chips, load_chip
@@ -57,6 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action.add_argument(
             "--format", choices=["text", "json"], default="text", help="form of the result (default: text)"
         )
+        add_debug(action)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raqu_onnx.cli.options import add_debug
+
 if TYPE_CHECKING:
     from raqu_onnx.manifest import Manifest, NodeEntry, Ratio
 
@@ -61,6 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show = actions.add_parser("show", help="summarize a manifest", description="Summarize a manifest.")
     show.add_argument("out_dir", metavar="OUT_DIR", help="folder that optimize wrote, or a manifest file")
     show.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
+    add_debug(show)
     show.set_defaults(run=_show)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tomllib
 from typing import TYPE_CHECKING, Any
 
 from raqu_onnx.cli.data_options import add_data, picture_settings
@@ -275,7 +276,11 @@ def _run(args: argparse.Namespace) -> int:
     start_logging(args)
     config, _ = with_earlier_settings(load_config(args.config, _overrides(args)))
     if args.show_config:
-        print(effective_toml(config), end="")
+        text = effective_toml(config)
+        if args.format == "json":
+            print_json({"schema_version": 1, "settings": tomllib.loads(text)})
+        else:
+            print(text, end="")
         return 0
     if config.model is None:
         raise ConfigError("no model is given: name an ONNX file, as in `raqu-onnx optimize model.onnx`")

@@ -6,15 +6,25 @@ import argparse
 import logging
 import sys
 
-__all__ = ["add_common", "add_exclude", "start_logging"]
+__all__ = ["add_common", "add_debug", "add_exclude", "start_logging"]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add `--format`, `-q` and `-v`."""
+    """Add `--format`, `-q`, `-v` and `--debug`."""
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("-q", "--quiet", action="store_true", help="results and errors only: no warnings, no progress")
     group.add_argument("-v", "--verbose", action="count", default=0, help="log every pass; twice: debug messages")
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add `--debug`."""
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="before an error's message, print where it was raised (default: the message)",
+    )
 
 
 def add_exclude(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 
 from raqu_onnx.cli.options import add_common, start_logging
-from raqu_onnx.cli.printing import console, print_json
+from raqu_onnx.cli.printing import console, hanging, print_json
 
 __all__ = ["add_parser"]
+
+# Passes that an option adds to the pipeline.
+_OPTIONS = {"equalize": "--equalize", "write-qonnx": "--emit qonnx"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,9 +45,12 @@ def _run(args: argparse.Namespace) -> int:
     parts = list(PASSES)[: list(PASSES).index(DEFAULT_PIPELINE[0])]
     for row in rows:
         out.print(str(row["name"]), style="bold", end="")
-        where = "  (part of tidy)" if row["name"] in parts else f"  (with --{row['name']})"
-        out.print("" if row["default_pipeline"] else where)
-        out.print(f"  {row['summary']}", soft_wrap=True)
+        name = str(row["name"])
+        where = (
+            "" if name in DEFAULT_PIPELINE else "  (part of tidy)" if name in parts else f"  (with {_OPTIONS[name]})"
+        )
+        out.print(where)
+        out.print("  " + hanging(out, str(row["summary"]), 2), soft_wrap=True)
         for key, value in pass_options(PASSES[str(row["name"])]).items():
             out.print(f"    {key} = {'none' if value is None else value}")
     out.print(f"\ndefault pipeline: {','.join(DEFAULT_PIPELINE)}", soft_wrap=True)

@@ -19,6 +19,7 @@ __all__ = [
     "StdoutError",
     "console",
     "counted",
+    "hanging",
     "print_json",
     "print_table",
     "printable",
@@ -148,6 +149,16 @@ def print_table(
     names = shortened([row[0] for row in rows], widths[0], "…" if unicode else "...")
     for name, (first, *others) in zip(names, rows, strict=True):
         out.print(line([name, *others]), style="bold" if bold and first == bold else None, soft_wrap=True)
+
+
+def hanging(out: Console, text: str, indent: int) -> str:
+    """Text that follows `indent` columns of a line, further lines under it; one line where stdout is no terminal."""
+    from textwrap import wrap
+
+    if out.width >= _PIPE_COLUMNS:
+        return text
+    lines = wrap(printable(text), max(out.width - indent, _LEAST_NAME), break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
 
 
 def counted(count: int, noun: str) -> str:

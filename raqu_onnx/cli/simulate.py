@@ -135,7 +135,7 @@ def _print(report: SimulationReport) -> None:
         rows.append((node.name, str(node.lossless_bits), *(counted if converted else ())))
     print_table(out, headers, rows, right=tuple(range(1, len(headers))))
     for line in _lines(report):
-        out.print(line, soft_wrap=True)
+        out.print(line)
 
 
 def _share(part: int, whole: int) -> str:

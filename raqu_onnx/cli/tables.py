@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.inspection import Inspection
     from raqu_onnx.results import DataSummary, Figures, OptimizeResult
-    from raqu_onnx.search import SearchResult
+    from raqu_onnx.search import Goal, SearchResult
 
 __all__ = ["MATRIX_LEGEND", "SHARING_LEGEND", "print_inspection", "print_result", "print_timings"]
 
@@ -184,13 +184,15 @@ def _overfitting(result: OptimizeResult) -> Iterator[str]:
     first, ours = result.figures[0], result.figures[-1]
     if _is_fixed(result) or not (first.selection and first.evaluation and ours.selection and ours.evaluation):
         return
-    drops = [
-        100 * (reference.quality - score.quality)
-        for reference, score in ((first.selection, ours.selection), (first.evaluation, ours.evaluation))
-    ]
+    pairs = ((first.selection, ours.selection), (first.evaluation, ours.evaluation))
+    chosen, unseen = (
+        f"{100 * (reference.quality - score.quality):.2f}{'' if alike else f' in {score.metric}'}"
+        for alike in [ours.selection.metric == ours.evaluation.metric]
+        for reference, score in pairs
+    )
     yield (
-        f"points below float: {drops[0]:.2f} on the selection data, {drops[1]:.2f} on the evaluation data, which the "
-        "search has not seen"
+        f"points below float: {chosen} on the selection data, {unseen} on the evaluation data, which the search has "
+        "not seen"
     )
 
 
@@ -216,10 +218,7 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     search = result.search
     if search is not None and ours.crossbars:
         for unpacked, packed in zip(rows[::2], rows[1::2], strict=True):
-            yield (
-                f"against {packed.label.removesuffix(', packed')}: packing {unpacked.crossbars} -> {packed.crossbars} "
-                f"crossbars, our bits {packed.crossbars} -> {ours.crossbars}"
-            )
+            yield from _gains(search.goal, unpacked, packed, ours)
         if search.goal and search.best_uniform is None:
             yield "no uniform width serves the goal"
     if result.dropped:
@@ -236,6 +235,25 @@ def _summary(result: OptimizeResult, metric: str) -> Iterator[str]:
     if result.bits and all(activation is None for _, activation in result.bits.values()):
         yield "float activations: for measurements only, no backend can run the manifest; at its default level"
         yield "onnxruntime itself may compute a MatMul or Gemm with 8-bit inputs (MatMulNBits), so the two may differ"
+
+
+def _gains(goal: Goal, unpacked: Figures, packed: Figures, ours: Figures) -> Iterator[str]:
+    """What packing and bits change against a uniform width: crossbars, and what else the goal speaks of."""
+    against = f"against {packed.label.removesuffix(', packed')}"
+    for unit, told, (first, second, third) in _compared(goal, unpacked, packed, ours):
+        if None not in (first, second, third):
+            packing, bits = (f"{a:{told}} -> {b:{told}}" for a, b in ((first, second), (second, third)))
+            yield f"{against}: packing {packing} {unit}, our bits {bits}"
+
+
+def _compared(goal: Goal, *rows: Figures) -> Iterator[tuple[str, str, list[float | None]]]:
+    """Unit, format and values of what is compared."""
+    yield "crossbars", "d", [row.crossbars for row in rows]
+    costs = [row.cost for row in rows]
+    if goal.speaks_of & {"latency", "edp"}:
+        yield "cycles", "d", [None if cost is None else cost.latency_cycles for cost in costs]
+    if goal.speaks_of & {"energy", "edp"}:
+        yield "pJ", ".6g", [None if cost is None else cost.energy_pj for cost in costs]
 
 
 def print_timings(result: OptimizeResult) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from raqu_onnx.cli.options import add_debug
+
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.validate_report import ValidationReport
@@ -41,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: all)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress on a terminal")
     parser.add_argument("--format", choices=["text", "json"], default="text", help="form of the result (default: text)")
+    add_debug(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print only what is wrong")
     parser.set_defaults(run=run)
 
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(report: ValidationReport, *, quiet: bool) -> None:
     from rich.text import Text
 
-    from raqu_onnx.cli.printing import console, counted
+    from raqu_onnx.cli.printing import console, counted, hanging
 
     out = console()
     for check in report.checks:
@@ -78,15 +81,16 @@ def _print(report: ValidationReport, *, quiet: bool) -> None:
             continue
         style = {True: "green", False: "bold red", None: "yellow"}[check.passed]
         sign = Text(f"{_SIGNS[check.passed]:<5}", style=style)
-        out.print(sign, f"{check.name:<24}", check.detail, sep="", soft_wrap=True)
+        name = f"{check.name:<24}"
+        out.print(sign, name, hanging(out, check.detail, len(sign) + len(name)), sep="", soft_wrap=True)
     if quiet and report.passed:
         return
     for level, score in report.scores.items():
-        out.print(f"{level}: {_score(score)}", soft_wrap=True)
+        out.print(f"{level}: {_score(score)}")
     if any(score.kl is not None for score in report.scores.values()):
         out.print("KL: mean divergence of the class probabilities from float's, in nats; 0 is the same")
     for warning in report.warnings:
-        out.print(Text("warning: ", style="yellow"), warning, sep="", soft_wrap=True)
+        out.print(Text("warning: ", style="yellow"), warning, sep="")
     failed = len(report.failures)
     out.print(f"{counted(failed, 'problem')} found" if failed else f"all {len(report.checks)} checks passed")
 

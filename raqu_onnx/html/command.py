@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from raqu_onnx.hardware import Chip
     from raqu_onnx.report import DataReport, Report
 
 __all__ = ["changed_settings", "chosen_earlier", "command_of", "given_in_memory"]
 
+_BUILT_IN = "generic"
 # How pictures become inputs, as only a configuration file can say it.
 _ONLY_IN_FILES = {"scale", "resize"}
 # Flags that say the opposite of their setting.
@@ -20,6 +22,8 @@ _NEGATED = {"drop": "--no-drop"}
 _REPEATED = ("exclude", "skip", "dump_after")
 # What may be given together with `--choose`; all else is taken from the earlier search.
 _WITH_CHOOSE = ("hw", "calibration", "selection", "eval", "dump_after", "cells")
+# Numbers of a file or of Python, whose unit an option needs.
+_UNITS = {"max_latency": "ns", "max_energy": "pJ"}
 # Any of these is a goal, or stands against the default goal of a chip with counts.
 _GOALS = (
     "max_crossbars", "max_accuracy_drop", "max_latency", "max_energy", "max_average_bits", "objective", "partitions",
@@ -38,14 +42,17 @@ def changed_settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in configuration.items() if key not in defaults or value != defaults[key]}
 
 
-def given_in_memory(configuration: Mapping[str, Any], report: Report) -> list[str]:
-    """What a command cannot name, since the run got it as objects: of `model`, `calibration data` and so on.
+def given_in_memory(configuration: Mapping[str, Any], report: Report, chip: Chip) -> list[str]:
+    """What a command cannot name, since the run got it as objects: of `model`, `chip`, `calibration data` and so on.
 
     Args:
         configuration: As the manifest holds it.
         report: Of the same run.
+        chip: Of the same run.
     """
     found = [] if isinstance(configuration.get("model"), str) else ["model"]
+    if not _names(str(configuration.get("hw", _BUILT_IN)), chip):
+        found.append("chip")
     calibration = report.data.get("calibration")
     for role, key in (("calibration", "calibration"), ("selection", "selection"), ("evaluation", "eval")):
         data: DataReport | None = report.data.get(role)  # type: ignore[call-overload]
@@ -55,6 +62,15 @@ def given_in_memory(configuration: Mapping[str, Any], report: Report) -> list[st
         if role != "selection" or calibration is None or data.name != calibration.name:
             found.append(f"{role} data")
     return found
+
+
+def _names(hw: str, chip: Chip) -> bool:
+    """Whether `--hw` takes this text for the chip: a chip object leaves its name, which no file may have."""
+    from raqu_onnx.hardware import is_builtin_chip, load_chip
+
+    if is_builtin_chip(hw):
+        return load_chip(hw) == chip
+    return hw != chip.name or hw.endswith(".toml")
 
 
 def chosen_earlier(report: Report) -> int | None:
@@ -111,6 +127,8 @@ def _words(key: str, value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         texts = [str(part) for part in value] if key in _REPEATED else [_joined(value, ",")]
         return [word for text in texts for word in _given(option, text)]
+    if isinstance(value, int | float) and key in _UNITS:
+        return _given(option, f"{value!r}{_UNITS[key]}")
     # All digits of a number, unlike a format: another number is another run.
     return _given(option, repr(value) if isinstance(value, float) else str(value))
 

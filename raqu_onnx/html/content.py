@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +45,7 @@ class Layer:
         energy_pj: Energy of one inference, likewise.
         lossless_bits: ADC bits at which no sum can clip, None where unknown.
         sensitivity: Loss that it alone adds, by weight bits; empty without a search.
+        input_sensitivity: The same by bits of its input; empty where they are fixed.
         kept: Pattern that kept it at 8 bits, empty if none did.
     """
 
@@ -68,6 +69,7 @@ class Layer:
     energy_pj: float | None
     lossless_bits: int | None
     sensitivity: Mapping[int, float]
+    input_sensitivity: Mapping[int, float]
     kept: str
 
     @property
@@ -130,6 +132,7 @@ def _layer(node: NodeEntry, short: str, manifest: Manifest, view: ManifestView, 
         energy_pj=None if stage is None else stage.energy_pj,
         lossless_bits=None if report is None else report.lossless_adc_bits.get(node.name),
         sensitivity={} if sensitivity is None else sensitivity.weights,
+        input_sensitivity={} if sensitivity is None else sensitivity.activations or {},
         kept=next((item.pattern for item in kept if item.name == node.name), ""),
     )
 
@@ -146,7 +149,9 @@ class Point:
         points: Hundredths that it lies below the float model, None where that is unknown.
         met: It meets the goal, None without one.
         chosen: It is the result.
-        order: Its number among the candidates, from 1.
+        order: Its number among the candidates, from 1; of a point of the front, the number that `--choose` takes.
+        latency: Of one inference alone, in us, or in cycles where the chip gives no time; of points of the front only.
+        energy: Of one inference in uJ, likewise; None where it is unknown.
     """
 
     label: str
@@ -157,6 +162,8 @@ class Point:
     met: bool | None = None
     chosen: bool = False
     order: int = 0
+    latency: float | None = None
+    energy: float | None = None
 
 
 def quality(score: ScoreReport) -> float | None:
@@ -193,8 +200,21 @@ def candidates(report: Report) -> list[Point]:
 
 
 def front_points(report: Report) -> list[Point]:
-    """Candidates that no other beats in both crossbars and loss."""
-    return [_point(report, item, item.origin) for item in report.front]
+    """Candidates that no other beats in both crossbars and loss; by rising crossbars."""
+    return [
+        replace(
+            _point(
+                report,
+                item,
+                f"point {item.k} of the front: {item.origin}",
+                order=item.k,
+                chosen=item.k == report.chosen,
+            ),
+            latency=item.latency_cycles if item.latency_ns is None else item.latency_ns / 1e3,
+            energy=None if item.energy_pj is None else item.energy_pj / 1e6,
+        )
+        for item in report.front
+    ]
 
 
 def uniform_points(report: Report) -> list[Point]:

@@ -111,11 +111,17 @@ def kernels_plot(layers: Sequence[Layer]) -> Any:
     return plot
 
 
-def sensitivity_plot(layers: Sequence[Layer]) -> Any | None:
-    """What each layer alone adds to the loss at each width, None where nothing was measured."""
-    measured = [(index, layer) for index, layer in enumerate(layers) if layer.sensitivity]
+def sensitivity_plot(layers: Sequence[Layer], *, of_inputs: bool = False) -> Any | None:
+    """What each layer alone adds to the loss at each width, None where nothing was measured.
+
+    Args:
+        layers: The layers.
+        of_inputs: The widths are those of their inputs, else of their weights.
+    """
     cells = [
-        (index, bits, loss, layer.name) for index, layer in measured for bits, loss in sorted(layer.sensitivity.items())
+        (index, bits, loss, layer.name)
+        for index, layer in enumerate(layers)
+        for bits, loss in sorted((layer.input_sensitivity if of_inputs else layer.sensitivity).items())
     ]
     positive = [loss for _, _, loss, _ in cells if loss > 0]
     if not positive:
@@ -124,7 +130,9 @@ def sensitivity_plot(layers: Sequence[Layer]) -> Any | None:
     # Losses below a ten-thousandth of the largest are as good as none.
     low = max(min(positive), max(positive) * 1e-4)
     plot = _layer_figure(
-        layers, "weight bits of this layer alone", x_range=Range1d(start=widths[0] - 0.5, end=widths[-1] + 0.5)
+        layers,
+        f"bits of {'the input' if of_inputs else 'the weights'} of this layer alone",
+        x_range=Range1d(start=widths[0] - 0.5, end=widths[-1] + 0.5),
     )
     source = ColumnDataSource(
         {

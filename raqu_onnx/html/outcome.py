@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from raqu_onnx.front import ScoreReport
-    from raqu_onnx.html.content import Layer
+    from raqu_onnx.html.content import Layer, Point
     from raqu_onnx.manifest import CostEntry, Manifest
     from raqu_onnx.report import FiguresReport, Report
 
@@ -24,7 +24,10 @@ __all__ = [
     "Row",
     "adc_sentence",
     "cards",
+    "costs_of_goal",
     "data_sentence",
+    "dropped_sentence",
+    "evaluation_metric",
     "fewest_bits_sentence",
     "goal_sentence",
     "loss_sentence",
@@ -93,10 +96,10 @@ class Row:
 def rows(report: Report) -> list[Row]:
     """The table of results, float first and ours last."""
     most = max((item.crossbars or 0 for item in report.figures), default=0) or 1
-    return [_row(item, most, report.metric, last=item is report.figures[-1]) for item in report.figures]
+    return [_row(item, most, last=item is report.figures[-1]) for item in report.figures]
 
 
-def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> Row:
+def _row(item: FiguresReport, most: int, *, last: bool) -> Row:
     cost = item.cost
     return Row(
         label=item.label,
@@ -107,8 +110,8 @@ def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> R
         share=(item.crossbars or 0) / most,
         cells=_number(item.cell_utilization, ".1%"),
         bits=_number(item.bit_utilization, ".1%"),
-        evaluation="" if item.evaluation is None else quality_text(item.evaluation, metric or _metric(item)),
-        selection="" if item.selection is None else quality_text(item.selection, metric or _metric(item)),
+        evaluation="" if item.evaluation is None else quality_text(item.evaluation, _told(item.evaluation)),
+        selection="" if item.selection is None else quality_text(item.selection, _told(item.selection)),
         latency="" if cost is None else _time(cost, cost.latency_cycles),
         interval="" if cost is None else _time(cost, cost.interval_cycles),
         energy="" if cost is None or cost.energy_pj is None else f"{cost.energy_pj / 1e6:,.4g} µJ",
@@ -116,11 +119,24 @@ def _row(item: FiguresReport, most: int, metric: str | None, *, last: bool) -> R
     )
 
 
-def _metric(item: FiguresReport) -> str:
-    score = item.evaluation or item.selection
-    if score is not None and score.top1 is not None:
-        return "top-1"
-    return "agreement" if score is not None and score.agreement is not None else "1 - noise/signal"
+def evaluation_metric(report: Report) -> str:
+    """What the figures on unseen data are, where it is not what those on the selection data are; else empty.
+
+    Data without labels has agreements only.
+    """
+    judged = next((item.evaluation for item in report.figures if item.evaluation is not None), None)
+    chosen = next((item.selection for item in report.figures if item.selection is not None), None)
+    if judged is None or chosen is None:
+        return ""
+    names = [_told(score) for score in (judged, chosen)]
+    return "" if names[0] == names[1] else _METRIC_WORDS.get(names[0], names[0])
+
+
+def _told(score: ScoreReport) -> str:
+    """What a score is counted in, as `Score.metric`: what was named, else the best that the data has labels for."""
+    if score.measured is not None:
+        return score.measured
+    return "top-1" if score.top1 is not None else "agreement" if score.agreement is not None else "1 - noise/signal"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -149,7 +165,7 @@ def cards(report: Report, manifest: Manifest) -> Iterator[Card]:
     score = report.figures[-1].evaluation or report.figures[-1].selection
     if score is not None:
         floating = table[0].evaluation or table[0].selection
-        metric = report.metric or _metric(report.figures[-1])
+        metric = _told(score)
         name = _METRIC_WORDS.get(metric, metric)
         yield Card(name, ours.evaluation or ours.selection, f"float {floating}" if floating else "")
     yield Card("cells in use", ours.cells, f"{ours.bits} of their bits")
@@ -173,12 +189,25 @@ def goal_sentence(report: Report) -> str:
     return f"Asked for: {describe_goal(goal, metric=report.metric or '')}."
 
 
+def costs_of_goal(report: Report, front: Sequence[Point]) -> Iterator[tuple[str, str]]:
+    """What the goal speaks of besides crossbars and every point of the front knows, with the unit that it is in."""
+    if report.goal is None or len(front) < 2:
+        return
+    speaks_of = Goal(**report.goal.model_dump()).speaks_of
+    timed = all(item.latency_ns is not None for item in report.front)
+    labels = {"latency": f"latency, {'µs' if timed else 'cycles'}", "energy": "energy, µJ"}
+    for name, label in labels.items():
+        if {name, "edp"} & speaks_of and all(getattr(point, name) is not None for point in front):
+            yield name, label
+
+
 def data_sentence(report: Report) -> str:
     """What the figures were measured on."""
     parts = []
     words = {
         "calibration": "ranges were measured on",
-        "selection": "widths were chosen on",
+        # At fixed widths, nothing was chosen.
+        "selection": "widths were chosen on" if len(report.evaluations) > 1 else "figures are of",
         "evaluation": "the result was judged on",
     }
     for role, does in words.items():
@@ -216,7 +245,8 @@ def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
         return ""
     least = min(layers, key=lambda layer: layer.mean_bits)
     share = least.weights / sum(layer.weights for layer in layers)
-    text = f"Fewest bits: {least.name}, {least.mean_bits:.3g} per weight. It holds {share:.1%} of all weights"
+    text = f"Fewest bits: {least.name}, {least.mean_bits:.3g} per weight{_dropped(least)}. "
+    text += f"It holds {share:.1%} of all weights"
     width = least.least_bits
     ranked = sorted(layer.sensitivity[width] for layer in layers if width is not None and width in layer.sensitivity)
     if width is None or not ranked:
@@ -226,6 +256,25 @@ def fewest_bits_sentence(layers: Sequence[Layer]) -> str:
     return (
         f"{text}, and giving {width} bits to it alone adds {loss:.2g} to the loss: "
         f"{_ordinal(place)} smallest of {len(ranked)} layers (the median is {median(ranked):.2g})."
+    )
+
+
+def _dropped(layer: Layer) -> str:
+    """How many kernels have 0 bits, which lowers the mean, and what is left to the others."""
+    others = sorted(bits for bits in layer.kernels_by_bits if bits)
+    if not layer.dropped or not others:
+        return ", since all its kernels are dropped" if layer.dropped else ""
+    span = f"{others[0]}" if len(others) == 1 else f"{others[0]} to {others[-1]}"
+    return f", since {layer.dropped} of its {layer.kernels} kernels are dropped (0 bits); the others have {span}"
+
+
+def dropped_sentence(layers: Sequence[Layer]) -> str:
+    """What dropping is, where any kernel was."""
+    if not any(layer.dropped for layer in layers):
+        return ""
+    return (
+        "Dropped are the kernels that carry least for the cells that they take: they and the rows that they alone feed "
+        "in the next layer are stored nowhere, and the layers that follow make up for them as far as they can."
     )
 
 

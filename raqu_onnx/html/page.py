@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["render_page", "write_html"]
 
+# Commands and options in messages.
+_CODE = re.compile(r"(`[^`]+`|(?<![\w-])--[a-z][a-z-]+)")
 _REPORT_FILE = "report.json"
 _METRIC_LABELS = {"top-1": "accuracy", "agreement": "agreement", "1 - noise/signal": "SQNR"}
 
@@ -66,6 +69,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = _with_code
     layers = layers_of(manifest, report)
     plan = floor_plan(manifest)
     plots = dict(_plots(manifest, report, layers, plan))
@@ -80,16 +84,19 @@ def render_page(manifest: Manifest, report: Report) -> str:
         bokeh_js=_bokeh_js(),
         cards=list(outcome.cards(report, manifest)),
         rows=outcome.rows(report),
+        unseen=outcome.evaluation_metric(report),
         goal=outcome.goal_sentence(report),
         data=outcome.data_sentence(report),
         loss=outcome.loss_sentence(report),
         fewest=outcome.fewest_bits_sentence(layers),
+        dropped=outcome.dropped_sentence(layers),
+        front=list(zip(report.front, front_points(report), strict=True)),
         adc=outcome.adc_sentence(layers, manifest.chip.adc_bits),
         colours=dict(zip([node.name for node in manifest.nodes], layer_colours(len(layers)), strict=True)),
         bit_colours=list(enumerate(BITS)),
         command=command_of(manifest.configuration, chosen_earlier(report)),
         chosen=chosen_earlier(report),
-        in_memory=given_in_memory(manifest.configuration, report),
+        in_memory=given_in_memory(manifest.configuration, report, manifest.chip),
         changed=changed_settings(manifest.configuration),
         title=_title(manifest),
     )
@@ -103,7 +110,7 @@ def _title(manifest: Manifest) -> str:
 def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: FloorPlan) -> Iterator[tuple[str, Any]]:
     from raqu_onnx.html.floor_plot import floor_plot
     from raqu_onnx.html.layer_plots import adc_plot, kernels_plot, sensitivity_plot, shares_plot
-    from raqu_onnx.html.search_plots import front_plot, progress_plot
+    from raqu_onnx.html.search_plots import cost_plot, front_plot, progress_plot
 
     if layers:
         yield "shares", shares_plot(layers)
@@ -118,11 +125,30 @@ def _plots(manifest: Manifest, report: Report, layers: Sequence[Layer], plan: Fl
         chosen = next((point for point in tried if point.chosen), None)
         for y, label in (("loss", "loss"), ("points", "points below float")):
             yield f"front-{y}", front_plot(front, tried, uniform, chosen, y=y, label=label, metric=metric)
+        for x, label in outcome.costs_of_goal(report, front):
+            yield f"front-{x}", cost_plot(front, x=x, label=label, metric=metric)
         for y in ("crossbars", "loss"):
             yield f"progress-{y}", progress_plot(tried, y=y, label=y, metric=metric)
-    for name, plot in (("sensitivity", sensitivity_plot(layers)), ("adc", adc_plot(layers, manifest.chip.adc_bits))):
+    more = {
+        "sensitivity": sensitivity_plot(layers),
+        "sensitivity-inputs": sensitivity_plot(layers, of_inputs=True),
+        "adc": adc_plot(layers, manifest.chip.adc_bits),
+    }
+    for name, plot in more.items():
         if plot is not None:
             yield name, plot
+
+
+def _with_code(text: str) -> Any:
+    """Text whose options, and whose parts between backticks, are set as code, so that no line breaks in them."""
+    from markupsafe import Markup
+
+    # Every second part is what the group holds.
+    parts = _CODE.split(printable(text))
+    tagged = (
+        Markup("<code>{}</code>").format(part.strip("`")) if index % 2 else part for index, part in enumerate(parts)
+    )
+    return Markup().join(tagged)
 
 
 def _items(plots: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from bokeh.plotting import figure
 
 from raqu_onnx.html.palette import BITS, TEXT
 
-__all__ = ["bits_colours", "new_plot", "style_legend"]
+__all__ = ["bits_colours", "legend_below", "new_plot"]
 
 
 def new_plot(tools: str = "xpan,xwheel_zoom,reset", **settings: Any) -> Any:
@@ -36,13 +36,21 @@ def bits_colours() -> LinearColorMapper:
     return LinearColorMapper(palette=list(BITS), low=-0.5, high=8.5)
 
 
-def style_legend(plot: Any, place: str) -> None:
-    """Put the legend into a corner, small and without a frame."""
-    for legend in plot.legend:
-        legend.location = place
-        legend.background_fill_color = None
-        legend.border_line_color = None
-        legend.label_text_font_size = "11px"
-        legend.label_text_color = TEXT
-        legend.glyph_height = legend.glyph_width = 14
-        legend.padding = legend.spacing = 2
+def legend_below(plot: Any, columns: int) -> None:
+    """Put the legend under the plot, where it hides no point, small and without a frame.
+
+    Args:
+        plot: It has one legend.
+        columns: Entries side by side, so that they fit the width of a telephone.
+    """
+    legend = plot.legend[0]
+    plot.center.remove(legend)
+    plot.add_layout(legend, "below")
+    legend.ncols = columns
+    legend.location = "center"
+    legend.background_fill_color = None
+    legend.border_line_color = None
+    legend.label_text_font_size = "11px"
+    legend.label_text_color = TEXT
+    legend.glyph_height = legend.glyph_width = 14
+    legend.padding = legend.spacing = legend.margin = 2

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, Range1d
 
 from raqu_onnx.html.palette import ACCENT, MUTED, OTHERS
-from raqu_onnx.html.plot_style import new_plot, style_legend
+from raqu_onnx.html.plot_style import legend_below, new_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from raqu_onnx.html.content import Point
 
-__all__ = ["front_plot", "progress_plot"]
+__all__ = ["cost_plot", "front_plot", "progress_plot"]
 
-_HEIGHT = 320
+_HEIGHT = 360
 # Points below float that nobody would give away.
 _MOST_POINTS = 5.0
 
@@ -30,9 +31,11 @@ def _point_tips(metric: str) -> list[tuple[str, str]]:
     ]
 
 
-def _points(points: Sequence[Point]) -> ColumnDataSource:
-    keys = ("crossbars", "loss", "quality", "points", "label", "order")
-    return ColumnDataSource({key: [getattr(point, key) for point in points] for key in keys})
+def _points(points: Sequence[Point], top: float | None = None) -> ColumnDataSource:
+    """The columns of a plot; `shown` is where a point stands that lies above `top`."""
+    keys = ("crossbars", "loss", "quality", "points", "label", "order", "latency", "energy")
+    columns: dict[str, list[Any]] = {key: [getattr(point, key) for point in points] for key in keys}
+    return ColumnDataSource({**columns, "shown": [top] * len(points)})
 
 
 def front_plot(
@@ -63,33 +66,69 @@ def front_plot(
     plot.yaxis.axis_label = label
     if y == "points":
         plot.y_range = _points_range(everything)
+    top = plot.y_range.end if y == "points" else None
     layers = []
-    if uniform:
-        layers.append(
-            plot.scatter(
-                "crossbars", y, source=_points(uniform), marker="square", size=8, color=OTHERS[0],
-                legend_label="one width for all layers, packed",
-            )
-        )  # fmt: skip
-    if evaluations:
-        layers.append(
-            plot.scatter(
-                "crossbars", y, source=_points(evaluations), size=6, color=MUTED, alpha=0.6, legend_label="candidates"
-            )
-        )
-    if front:
-        source = _points(front)
-        if y == "loss":
-            plot.step("crossbars", y, source=source, mode="after", color=OTHERS[1], line_width=2)
-        layers.append(plot.scatter("crossbars", y, source=source, size=9, color=OTHERS[1], legend_label="Pareto front"))
+
+    def scatter(points: Sequence[Point], text: str, **style: Any) -> None:
+        within = [point for point in points if not _beyond(point, top)]
+        if within:
+            layers.append(plot.scatter("crossbars", y, source=_points(within), legend_label=text, **style))
+
+    scatter(uniform, "one width for all layers, packed", marker="square", size=8, color=OTHERS[0])
+    scatter(evaluations, "candidates", size=6, color=MUTED, alpha=0.6)
     if chosen is not None:
-        layers.append(
-            plot.scatter(
-                "crossbars", y, source=_points([chosen]), marker="star", size=20, color=ACCENT, legend_label="chosen"
-            )
-        )
+        scatter([chosen], "chosen", marker="star", size=24, color=ACCENT)
+    if front and y == "loss":
+        plot.step("crossbars", y, source=_points(_steps(front)), mode="after", color=OTHERS[1], line_width=2)
+    # Over the star, which would hide the points beside the chosen one.
+    scatter(front, "Pareto front", size=8, color=OTHERS[1])
+    for points, colour in ((evaluations, MUTED), (uniform, OTHERS[0]), (front, OTHERS[1])):
+        beyond = [point for point in points if _beyond(point, top)]
+        if beyond:
+            style = {"marker": "triangle", "size": 9, "color": colour, "legend_label": "beyond the axis"}
+            layers.append(plot.scatter("crossbars", "shown", source=_points(beyond, top), **style))
     plot.add_tools(HoverTool(renderers=layers, tooltips=_point_tips(metric)))
-    style_legend(plot, "top_right")
+    legend_below(plot, 2)
+    return plot
+
+
+def _steps(front: Sequence[Point]) -> list[Point]:
+    """The points at which fewer crossbars cost loss.
+
+    Where the goal speaks of latency or accuracy too, the front also holds points that are better in these alone.
+    """
+    found: list[Point] = []
+    for point in sorted(front, key=lambda point: (point.crossbars, math.inf if point.loss is None else point.loss)):
+        if point.loss is not None and (not found or point.loss < (found[-1].loss or 0.0)):
+            found.append(point)
+    return found
+
+
+def _beyond(point: Point, top: float | None) -> bool:
+    return top is not None and point.points is not None and point.points > top
+
+
+def cost_plot(front: Sequence[Point], *, x: str, label: str, metric: str) -> Any:
+    """Latency or energy of the points of the front against the points that they lie below float.
+
+    Args:
+        front: Candidates that no other beats.
+        x: `latency` or `energy`, which every one of them knows.
+        label: Of the x axis.
+        metric: What quality is counted in.
+    """
+    plot = new_plot("pan,box_zoom,wheel_zoom,reset", height=_HEIGHT, x_axis_label=label)
+    plot.yaxis.axis_label = "points below float"
+    layers = []
+    chosen = [point for point in front if point.chosen]
+    if chosen:
+        star = {"marker": "star", "size": 24, "color": ACCENT, "legend_label": "chosen"}
+        layers.append(plot.scatter(x, "points", source=_points(chosen), **star))
+    layers.append(
+        plot.scatter(x, "points", source=_points(front), size=8, color=OTHERS[1], legend_label="Pareto front")
+    )
+    plot.add_tools(HoverTool(renderers=layers, tooltips=[*_point_tips(metric), (label, f"@{x}{{0,0.[00]}}")]))
+    legend_below(plot, 2)
     return plot
 
 
@@ -112,7 +151,7 @@ def progress_plot(evaluations: Sequence[Point], *, y: str, label: str, metric: s
     """
     values = [getattr(point, y) or 0 for point in evaluations]
     scale = "log" if y == "loss" and min(values) > 0 else "linear"
-    plot = new_plot("pan,box_zoom,wheel_zoom,reset", height=_HEIGHT - 60, y_axis_type=scale, x_axis_label="candidate")
+    plot = new_plot("pan,box_zoom,wheel_zoom,reset", height=_HEIGHT - 80, y_axis_type=scale, x_axis_label="candidate")
     plot.yaxis.axis_label = label
     plot.line("order", y, source=_points(evaluations), color=MUTED, alpha=0.5)
     layers = []
@@ -127,5 +166,5 @@ def progress_plot(evaluations: Sequence[Point], *, y: str, label: str, metric: s
         )
     plot.add_tools(HoverTool(renderers=layers, tooltips=_point_tips(metric)))
     plot.xaxis.ticker = BasicTicker(min_interval=1)
-    style_legend(plot, "top_right")
+    legend_below(plot, 3)
     return plot

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raqu_onnx.encodings import MAX_BITS, MIN_BITS
+from raqu_onnx.partitioning import too_large_alone
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.best import BestSoFar
 from raqu_onnx.search.budget import OBJECTIVES, Cost
@@ -167,10 +168,13 @@ def _require_room(problem: Problem, goal: Goal) -> None:
         need=problem.packed_crossbars(smallest) if need is None else need,
         fits=need is not None,
         short="" if need is not None else problem.shortage(smallest),
+        alone="" if need is not None else too_large_alone(problem.matrices(smallest), problem.chip),
     )
 
 
-def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool, short: str = "") -> None:
+def check_room(
+    chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, fits: bool, short: str = "", alone: str = ""
+) -> None:
     """Make sure that the smallest widths fit: no other widths could.
 
     Args:
@@ -180,6 +184,7 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
         need: Crossbars that the model takes at the smallest widths.
         fits: That is within what the chip has.
         short: Which crossbar types run short, where the chip has several.
+        alone: A node that does not fit even alone, if there is one.
 
     Raises:
         DoesNotFitError: They do not fit the chip or the crossbars allowed.
@@ -191,16 +196,22 @@ def check_room(chip: Chip, goal: Goal, settings: SearchSettings, *, need: int, f
     ways += [f"fewer nodes kept at {settings.kept_weight_bits} bits"] if settings.kept else []
     also = f", or allow {' or '.join(ways)}" if ways else ""
     if not fits:
+        parts = f"; node {alone} alone is too large for it, so that --partitions is no way out"
+        parts = parts if alone else ", or program it several times with --partitions auto"
         where = f", {short}" if short else f" where it has {_have(chip)}"
         raise DoesNotFitError(
             f"chip {chip.name} cannot hold the model even at {smallest} per weight, which takes {need} crossbars"
-            f"{where}; use a larger chip{also}, or program it several times with --partitions auto"
+            f"{where}; use a larger chip{also}{parts}"
         )
     if goal.max_crossbars is not None and need > goal.max_crossbars:
         raise DoesNotFitError(
-            f"{goal.max_crossbars} crossbars are too few: the smallest widths, {smallest}, take {need}; allow at least "
-            f"{need} crossbars{also}"
+            f"{_crossbars_are(goal.max_crossbars)} too few: the smallest widths, {smallest}, take {need}; allow at "
+            f"least {need} crossbars{also}"
         )
+
+
+def _crossbars_are(count: int) -> str:
+    return "1 crossbar is" if count == 1 else f"{count} crossbars are"
 
 
 def _have(chip: Chip) -> str:
