@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from raqu_onnx.channel_flow import ChannelFlow
+    from raqu_onnx.channel_flow import ChannelFlow, Reader
     from raqu_onnx.layout import MappedNode
 
 __all__ = ["DropRules", "Pruned"]
@@ -60,6 +60,11 @@ class DropRules:
         self._by_name = {node.name: node for node in nodes}
         self.flows = {node.name: flows[node.name] for node in nodes}
         self._index = {node.name: node.layout.channel_index() for node in nodes}
+        self._absorbing = frozenset(name for name in self.flows if self.absorbs(name))
+        self._zero_keepers = {
+            name: [(reader.name, reader.owner, reader.owner >= 0) for reader in flow.readers if reader.keeps_zero]
+            for name, flow in self.flows.items()
+        }
 
     def absorbs(self, name: str) -> bool:
         """Whether all that reads a node has a bias that takes up a constant in one of its channels."""
@@ -98,19 +103,20 @@ class DropRules:
         return Pruned(widths, {name: rows for name, rows in stored.items() if not rows.all()})
 
     def _follow(self, widths: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.bool_]]:
-        """Rows stored, in graph order; kernels that are left without rows are dropped in `widths`."""
-        stored = {n.name: np.ones((n.layout.groups, n.layout.rows), np.bool_) for n in self._nodes}
+        """Rows stored of nodes that may not store all, in graph order; kernels left without rows drop in `widths`."""
+        stored: dict[str, NDArray[np.bool_]] = {}
         for node in self._nodes:
-            if self.absorbs(node.name):
+            if node.name in stored and node.name in self._absorbing:
                 # Kernels that share an entry of the scale axis are dropped together or not at all.
                 live = np.count_nonzero(stored[node.name], axis=1) > 0
                 alive = np.bincount(self._index[node.name][live].reshape(-1), minlength=len(widths[node.name]))
                 widths[node.name][alive == 0] = 0
+            if widths[node.name].all():
+                continue
             dropped: NDArray[np.bool_] = self._dropped(widths, node.name)
-            for reader in self.flows[node.name].readers:
-                if reader.keeps_zero:
-                    fed = reader.owner >= 0
-                    stored[reader.name][fed] &= ~dropped[reader.owner[fed]]
+            for reader, owner, fed in self._zero_keepers[node.name]:
+                rows = stored.setdefault(reader, np.ones(owner.shape, np.bool_))
+                rows[fed] &= ~dropped[owner[fed]]
         return stored
 
     def _dropped(self, widths: Mapping[str, NDArray[np.int64]], name: str) -> NDArray[np.bool_]:
@@ -122,12 +128,19 @@ class DropRules:
         """Drop kernels that only dropped kernels read, from the end of the graph to its start."""
         for node in reversed(self._nodes):
             flow = self.flows[node.name]
-            if not flow.absorbable:
-                continue
-            read = np.zeros(node.layout.groups * node.layout.kernels, np.bool_)
-            for reader in flow.readers:
-                live = ~self._dropped(widths, reader.name).reshape(self._index[reader.name].shape).all(axis=1)
-                owners = reader.owner[live]
-                read[owners[owners >= 0]] = True
-            unread = np.bincount(self._index[node.name].reshape(-1), read, len(widths[node.name])) == 0
-            widths[node.name][unread] = 0
+            if flow.absorbable:
+                read = np.zeros(node.layout.groups * node.layout.kernels, np.bool_)
+                for reader in flow.readers:
+                    read |= self._read_by(reader, widths, read.size)
+                unread = np.bincount(self._index[node.name].reshape(-1), read, len(widths[node.name])) == 0
+                widths[node.name][unread] = 0
+
+    def _read_by(self, reader: Reader, widths: Mapping[str, NDArray[np.int64]], kernels: int) -> NDArray[np.bool_]:
+        """Which of a node's kernels are read by one that is not dropped, shape (kernels,)."""
+        owner = reader.owner
+        if not widths[reader.name].all():
+            dropped = self._dropped(widths, reader.name).reshape(self._index[reader.name].shape)
+            owner = owner[~dropped.all(axis=1)]
+        read = np.zeros(kernels, np.bool_)
+        read[owner[owner >= 0]] = True
+        return read

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from raqu_onnx.kernel_losses import NodeLosses
     from raqu_onnx.layout import MappedNode
 
-__all__ = ["KernelAllocator", "KernelBits", "Taste", "best_within_columns", "grouped"]
+__all__ = ["KernelAllocator", "KernelBits", "Taste", "best_within_columns"]
 
 KernelBits = dict[str, "NDArray[np.int64]"]
 """Bits per entry of the scale axis by node name, shape (channels,)."""
@@ -40,7 +40,8 @@ Fits = Callable[[KernelBits], bool]
 
 # Turns after which prices of rows and widths agree, or never will.
 _TURNS = 12
-_BISECTIONS = 24
+# Ratio of prices at which the bisection ends.
+_CLOSE = 1.001
 _FILL_ROUNDS = 3
 
 
@@ -82,6 +83,8 @@ class KernelAllocator:
         self._rules = rules
         self._groups = groups or {}
         self._index = {node.name: node.layout.channel_index() for node in nodes}
+        self._followers = {name: item.followers_by_node() for name, item in losses.items()}
+        self._fed = {node.name: list(self._rows_fed(node)) for node in nodes}
         widths = [encoding.cells_per_weight(bits) if bits != 1 else 0 for bits in range(9)]
         self._cells = dict.fromkeys(self._index, np.array(widths, np.float64))
 
@@ -141,10 +144,9 @@ class KernelAllocator:
             wide = np.argmin(self._together(name, alone), axis=1)
             kept[name] = alone[np.arange(len(alone)), wide]
             credit[name] = self._credit(node, pruned.bits)
-            for entry, followers in self._losses[name].followers.items():
-                for item in followers:
-                    kept[name][entry] += kept[item.name][item.channel]
-                    credit[name][entry] += credit[item.name][item.channel]
+            for entries, reader, channels in self._followers[name]:
+                np.add.at(kept[name], entries, kept[reader][channels])
+                np.add.at(credit[name], entries, credit[reader][channels])
             gain = kept[name] - tables[name][:, 0] + price * credit[name]
             gain = self._together(name, gain[:, None])[:, 0]
             chosen[name] = np.where(gain > 0, 0, wide)
@@ -181,20 +183,25 @@ class KernelAllocator:
         """Stored rows under each entry of the scale axis, over all groups that share it, shape (channels,)."""
         index = self._index[node.name]
         per_group = np.full(len(index), node.layout.rows) if counts is None else counts
-        rows = np.zeros(node.layout.channels, np.int64)
-        np.add.at(rows, index, per_group[:, None])
-        return rows
+        rows = np.bincount(index.reshape(-1), np.repeat(per_group, index.shape[1]), node.layout.channels)
+        return rows.astype(np.int64)
 
     def _credit(self, node: MappedNode, bits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
         """Cells of the rows that each entry of a node's scale axis feeds, shape (channels,)."""
         index = self._index[node.name].reshape(-1)
         saved = np.zeros(index.size)
-        for reader in self._rules.flows[node.name].readers if self._rules.flows[node.name].absorbable else ():
-            if reader.keeps_zero:
-                per_row = self._cells[reader.name][bits[reader.name]][self._index[reader.name]].sum(axis=1)
-                fed = reader.owner >= 0
-                np.add.at(saved, reader.owner[fed], np.broadcast_to(per_row[:, None], reader.owner.shape)[fed])
+        for reader, owners, groups in self._fed[node.name]:
+            per_row = self._cells[reader][bits[reader]][self._index[reader]].sum(axis=1)
+            saved += np.bincount(owners, per_row[groups], index.size)
         return np.asarray(np.bincount(index, saved, node.layout.channels), np.float64)
+
+    def _rows_fed(self, node: MappedNode) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
+        """Readers of a node that need not store rows of its dropped kernels: name, owner and group of each row."""
+        flow = self._rules.flows[node.name]
+        for reader in flow.readers if flow.absorbable else ():
+            if reader.keeps_zero:
+                groups, rows = np.nonzero(reader.owner >= 0)
+                yield reader.name, reader.owner[groups, rows], groups
 
     # --- a budget -----------------------------------------------------------------------------------------------
 
@@ -218,11 +225,11 @@ class KernelAllocator:
             best, _ = self._dearest(small, low, high, taste)
             # Most placements use nearly every cell: then that is the answer but for the last few.
             if best is not None and fits(best):
-                return self._fill(best, lambda bits: small(bits) and fits(bits), taste)
+                return self._fill(best, small, fits, taste)
         best, above = self._dearest(lambda bits: small(bits) and fits(bits), low, high, taste)
         if best is None or above is None:
             return best
-        return self._fill(best, lambda bits: small(bits) and fits(bits), taste)
+        return self._fill(best, small, fits, taste)
 
     def dearest(self, taste: Taste) -> KernelBits:
         """Bits at a price above any loss: no allocation takes fewer cells, or hardly any."""
@@ -238,7 +245,8 @@ class KernelAllocator:
         above = self.at_price(low, taste)
         if fits(above):
             return above, None
-        for _ in range(_BISECTIONS):
+        # Between closer prices hardly a kernel changes its mind, and what is left over is filled by gain per cell.
+        while high > low * _CLOSE:
             middle = math.sqrt(low * high)
             found = self.at_price(middle, taste)
             if fits(found):
@@ -254,13 +262,13 @@ class KernelAllocator:
         most = float(losses.max(initial=1e-12))
         return most * 1e-14, most * 1e3
 
-    def _fill(self, bits: KernelBits, fits: Fits, taste: Taste) -> KernelBits:
+    def _fill(self, bits: KernelBits, small: Fits, fits: Fits, taste: Taste) -> KernelBits:
         """Spend what is left of the budget on the widths that gain most per cell."""
         for _ in range(_FILL_ROUNDS):
             taken = 0
             # Crossbars whose cells hold other bits may have room where these have none.
             for steps in self._by_prices(self._upgrades(bits, taste)):
-                bits, low = self._filled(bits, steps, fits)
+                bits, low = self._filled(bits, steps, small, fits)
                 taken += low
             if not taken:
                 break
@@ -273,20 +281,17 @@ class KernelAllocator:
             found.setdefault(self._cells[step.name].tobytes(), []).append(step)
         return list(found.values())
 
-    def _filled(self, bits: KernelBits, steps: Sequence[_Step], fits: Fits) -> tuple[KernelBits, int]:
+    def _filled(self, bits: KernelBits, steps: Sequence[_Step], small: Fits, fits: Fits) -> tuple[KernelBits, int]:
         """As many of the first steps as fit, and a few of the smaller ones behind them; how many are of the first."""
-        low, high = 0, len(steps)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits(_upgraded(bits, steps[:middle])):
-                low = middle
-            else:
-                high = middle - 1
+        low = high = _most(len(steps), lambda count: small(_upgraded(bits, steps[:count])))
+        # Most placements use nearly every cell: trying all that cells allow first saves most of them.
+        if not fits(_upgraded(bits, steps[:high])):
+            low = _most(high - 1, lambda count: fits(_upgraded(bits, steps[:count])))
         bits = _upgraded(bits, steps[:low])
         if low < len(steps):
             # The next one is too large; smaller ones behind it may still go in.
             rest = [step for step in steps[low + 1 :] if step.cells < steps[low].cells]
-            bits = self._fill_singly(bits, rest[:_FILL_ROUNDS], fits)
+            bits = self._fill_singly(bits, rest[:_FILL_ROUNDS], lambda bits: small(bits) and fits(bits))
         return bits, low
 
     def _fill_singly(self, bits: KernelBits, steps: Sequence[_Step], fits: Fits) -> KernelBits:
@@ -331,27 +336,20 @@ class _Step:
     cells: float
 
 
+def _most(count: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to `count` for which something holds that holds for all smaller ones, and for 0."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
 def _upgraded(bits: KernelBits, steps: Sequence[_Step]) -> KernelBits:
     changed = {step.name: bits[step.name].copy() for step in steps}
     for step in steps:
         changed[step.name][step.entries] = step.bits
     return {**bits, **changed}
-
-
-def grouped(losses: NodeLosses, size: int) -> NDArray[np.int64]:
-    """Groups of kernels alike in loss, so that they can share a width.
-
-    Args:
-        losses: Losses of one node's kernels.
-        size: Kernels in a group; the last one may have fewer.
-
-    Returns:
-        Number of its group for every entry of the scale axis.
-    """
-    table = np.where(np.isfinite(losses.loss), losses.loss, 0.0)
-    rank = np.empty(len(table), np.int64)
-    rank[np.argsort(-table[:, 1:].max(axis=1), kind="stable")] = np.arange(len(table))
-    return rank // size
 
 
 def best_within_columns(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raqu_onnx.error_curves import ErrorCurve
     from raqu_onnx.quantizer import ModelQuantizer
 
-__all__ = ["Follower", "NodeLosses", "kernel_losses"]
+__all__ = ["Follower", "NodeLosses", "grouped", "kernel_losses"]
 
 _RIDGE = 0.05
 # A node whose sensitivity drowns in noise is still not free: share of the largest one that it is given.
@@ -59,6 +59,30 @@ class NodeLosses:
     name: str
     loss: NDArray[np.float64]
     followers: Mapping[int, tuple[Follower, ...]]
+
+    def followers_by_node(self) -> list[tuple[NDArray[np.int64], str, NDArray[np.int64]]]:
+        """The followers by their node: entries that they follow, name of their node, and their entries there."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for entry, followers in self.followers.items():
+            for item in followers:
+                found.setdefault(item.name, []).append((entry, item.channel))
+        return [(np.array(pairs)[:, 0], name, np.array(pairs)[:, 1]) for name, pairs in found.items()]
+
+
+def grouped(losses: NodeLosses, size: int) -> NDArray[np.int64]:
+    """Groups of kernels alike in loss, so that they can share a width.
+
+    Args:
+        losses: Losses of one node's kernels.
+        size: Kernels in a group; the last one may have fewer.
+
+    Returns:
+        Number of its group for every entry of the scale axis.
+    """
+    table = np.where(np.isfinite(losses.loss), losses.loss, 0.0)
+    rank = np.empty(len(table), np.int64)
+    rank[np.argsort(-table[:, 1:].max(axis=1), kind="stable")] = np.arange(len(table))
+    return rank // size
 
 
 def kernel_losses(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raqu_onnx.annotations import MAPPED, NodeBits, mapped_nodes
@@ -108,6 +108,7 @@ def test_a_kernel_that_only_dropped_ones_read_goes_too() -> None:
     assert pruned.row_counts(MAPPED.require(mapped_nodes(mapped_model(DEPTHWISE))[2])).tolist() == [2]  # type: ignore[union-attr]
 
 
+@settings(deadline=None)
 @given(st.sampled_from("abcy"), st.data())
 def test_a_node_keeps_its_kernels_where_none_of_a_tied_one_is_dropped(kept: str, data: st.DataObject) -> None:
     model = mapped_model(TWICE)

@@ -13,8 +13,8 @@ from raqu_onnx.channel_flow import ChannelFlow, Reader
 from raqu_onnx.dropping import DropRules
 from raqu_onnx.encodings import Encoding
 from raqu_onnx.exclusive_allocation import ExclusiveAllocator
-from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
-from raqu_onnx.kernel_losses import NodeLosses
+from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste
+from raqu_onnx.kernel_losses import NodeLosses, grouped
 from raqu_onnx.layout import MappedNode, WeightLayout
 from raqu_onnx.tiling import ArrayGeometry, Matrix, tile
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from raqu_onnx.channel_flow import ChannelFlow, Reader
 from raqu_onnx.dropping import DropRules
 from raqu_onnx.encodings import Encoding
-from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, best_within_columns, grouped
-from raqu_onnx.kernel_losses import Follower, NodeLosses
+from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, best_within_columns
+from raqu_onnx.kernel_losses import Follower, NodeLosses, grouped
 from raqu_onnx.layout import MappedNode, WeightLayout
 from raqu_onnx.tiling import Matrix
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from raqu_onnx.errors import ConfigError
 from raqu_onnx.exclusive_allocation import ExclusiveAllocator
-from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste, grouped
-from raqu_onnx.kernel_losses import kernel_losses
+from raqu_onnx.kernel_allocation import KernelAllocator, KernelBits, Taste
+from raqu_onnx.kernel_losses import grouped, kernel_losses
 from raqu_onnx.placement import count_crossbars, geometries
 from raqu_onnx.search.allocation import kernel_widths
 from raqu_onnx.search.bayes import TrustRegion
