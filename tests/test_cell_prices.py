@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from raqu_onnx.manifest import read_manifest
 from raqu_onnx.manifest_view import ManifestView
 from raqu_onnx.optimization import optimize
 from raqu_onnx.search.allocation import kernel_widths
-from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, mean_cells
+from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, cells_within, mean_cells
 from raqu_onnx.validation import validate
 
 ONE, TWO = Encoding("offset", 1), Encoding("offset", 2)
@@ -107,3 +108,16 @@ def test_a_run_leaves_out_widths_that_no_crossbar_takes(tmp_path: Path, small_ne
         config=config,
     )
     assert max(max(bits) for bits in bits_by_cells(tmp_path).values()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("crossbars", "cells"), [(0, 0), (1, 1024), (3, 3 * 1024), (4, 3 * 1024 + 256), (9, 3 * 1024 + 512)]
+)
+def test_the_largest_crossbars_are_counted_first_as_far_as_there_are_any(crossbars: int, cells: int) -> None:
+    kinds = tuple(
+        CrossbarType(name=f"{size}", rows=size, cols=size, cell_bits=2, count=count)
+        for size, count in ((16, 2), (32, 3))
+    )
+    chip = Chip(schema_version=1, name="two", encoding="offset", sharing="time", dac_bits=1, crossbars=kinds)
+    assert cells_within(chip, crossbars) == cells
+    assert cells_within(mixed((None, 2)), math.inf) == math.inf

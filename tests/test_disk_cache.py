@@ -45,10 +45,11 @@ def test_what_is_kept_comes_back_for_the_same_identity_only(tmp_path: Path) -> N
         assert found[name].gains.tobytes() == expected.gains.tobytes()
         assert (found[name].name, found[name].absorbed) == (name, expected.absorbed)
     assert cache.curves([2, 4, 6], ["a", "b/c"]) is None
-    # Curves know nothing of the data that candidates are judged on.
-    other = DiskCache({**IDENTITY, "selection data": "c" * 64}, tmp_path)
-    assert other.sensitivities() == {}
-    assert other.curves([2, 4], ["a", "b/c"]) is not None
+    # Curves know nothing of the data that candidates are judged on, nor of how.
+    for changed in ("selection data", "metric"):
+        other = DiskCache({**IDENTITY, changed: "c" * 64}, tmp_path)
+        assert other.sensitivities() == {}
+        assert other.curves([2, 4], ["a", "b/c"]) is not None
     for changed in ("model", "threads"):
         assert DiskCache({**IDENTITY, changed: "x"}, tmp_path).curves([2, 4], ["a", "b/c"]) is None
 

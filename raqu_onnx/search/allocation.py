@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from raqu_onnx.encodings import MAX_BITS
 from raqu_onnx.native_output import no_native_output
 from raqu_onnx.placement import geometries
-from raqu_onnx.search.cell_prices import saves_columns
+from raqu_onnx.search.cell_prices import cells_within, saves_columns
 from raqu_onnx.search.fitting import within
 from raqu_onnx.search.result import Bits
 
@@ -100,12 +99,7 @@ def solve_integer_program(problem: Problem, loss: NDArray[np.float64], budget: B
 def _linear_budget(problem: Problem, crossbars: float) -> float:
     if problem.chip.sharing == "exclusive":
         return float(crossbars)
-    cells, left = 0.0, crossbars
-    for kind in sorted(problem.chip.crossbars, key=lambda kind: -kind.rows * kind.cols):
-        taken = left if kind.count is None else min(left, kind.count)
-        cells += taken * kind.rows * kind.cols
-        left -= taken if taken < math.inf else 0.0
-    return float(cells)
+    return cells_within(problem.chip, crossbars)
 
 
 def useful_widths(problem: Problem) -> list[list[int]]:

@@ -6,6 +6,7 @@ known where it lies. Before that, types count by what the chip has of them.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from raqu_onnx.encodings import Encoding
     from raqu_onnx.hardware import Chip
 
-__all__ = ["cell_shares", "cells_by_width", "mean_cells", "saves_columns"]
+__all__ = ["cell_shares", "cells_by_width", "cells_within", "mean_cells", "saves_columns"]
 
 
 def cell_shares(chip: Chip) -> dict[Encoding, float]:
@@ -39,6 +40,16 @@ def cell_shares(chip: Chip) -> dict[Encoding, float]:
         cells[shape.encoding] = cells.get(shape.encoding, 0) + (kind.count or 0) * kind.rows * kind.cols
     total = sum(cells.values())
     return {encoding: count / total for encoding, count in cells.items()}
+
+
+def cells_within(chip: Chip, crossbars: float) -> float:
+    """Cells of the largest crossbars of a chip, so many of them or as many as it has."""
+    cells, left = 0.0, crossbars
+    for kind in sorted(chip.crossbars, key=lambda kind: -kind.rows * kind.cols):
+        taken = left if kind.count is None else min(left, kind.count)
+        cells += taken * kind.rows * kind.cols
+        left -= taken if taken < math.inf else 0.0
+    return cells
 
 
 def cells_by_width(encoding: Encoding) -> NDArray[np.float64]:

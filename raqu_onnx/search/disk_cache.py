@@ -41,7 +41,7 @@ _MOST_WRITING_S = 24 * 3600
 _WAITING = (".", ".part")
 
 # What sensitivities depend on and error curves do not.
-_JUDGING = ("selection data", "sensitivity samples", "float activations", "batch size", "task")
+_JUDGING = ("selection data", "sensitivity samples", "float activations", "batch size", "task", "metric")
 
 
 def cache_folder() -> Path | None:

@@ -22,7 +22,7 @@ from raqu_onnx.kernel_losses import grouped, kernel_losses
 from raqu_onnx.placement import count_crossbars, geometries
 from raqu_onnx.search.allocation import kernel_widths
 from raqu_onnx.search.bayes import TrustRegion
-from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, mean_cells
+from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, cells_within, mean_cells
 from raqu_onnx.search.fitting import repaired, within
 from raqu_onnx.search.result import Bits
 from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
@@ -238,15 +238,8 @@ class KernelStage:
 
     def _cells(self, crossbars: float) -> float:
         """Cells of the largest crossbars that a budget could take; not known where cells of types hold other bits."""
-        kinds = self._problem.chip.crossbars
-        if len({kind.cell_bits for kind in kinds}) > 1:
-            return math.inf
-        cells, left = 0.0, crossbars
-        for kind in sorted(kinds, key=lambda kind: -kind.rows * kind.cols):
-            taken = left if kind.count is None else min(left, kind.count)
-            cells += taken * kind.rows * kind.cols
-            left -= taken if taken < math.inf else 0.0
-        return cells
+        mixed = len({kind.cell_bits for kind in self._problem.chip.crossbars}) > 1
+        return math.inf if mixed else cells_within(self._problem.chip, crossbars)
 
     @property
     def _geometry(self) -> ArrayGeometry:
