@@ -125,7 +125,7 @@ def test_a_node_none_of_whose_rows_is_stored_is_written_and_checked(tmp_path: Pa
     )
     net = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     data = {"x": rng.normal(size=(32, 3, 8, 8)).astype(np.float32)}
-    config = OptimizeConfig(evaluations=1, sensitivity_samples=16, max_crossbars=1, cells=True)
+    config = OptimizeConfig(evaluations=0, sensitivity_samples=16, max_crossbars=1, cells=True)
     optimize(net, tmp_path / "out", calibration=data, chip=chip(), config=config)
     nodes_written = ManifestView(read_manifest(tmp_path / "out" / "manifest.json")).manifest.nodes
     assert any(sum(last - first for _, first, last in node.rows_not_stored) == 36 for node in nodes_written)

@@ -1,21 +1,28 @@
 """Bayesian search in a trust region around the best candidate known.
 
-The surrogate is scikit-optimize's extra-trees regressor, asked and told one candidate at a time. Its space is the
-incumbent's vector plus and minus a radius that grows after successes and shrinks after failures (TuRBO, Eriksson et
-al., NeurIPS 2019, section 2). What a vector means is up to a `Space`: widths of nodes, or what the kernels of nodes are
-worth. Candidates are brought into the budget before they are judged, never penalised.
+Its space is the incumbent's vector plus and minus a radius that grows after successes and shrinks after failures
+(TuRBO, Eriksson et al., NeurIPS 2019, section 2). What a vector means is up to a `Space`: widths of nodes, or what the
+kernels of nodes are worth. Candidates are brought into the budget before they are judged, never penalised.
+
+They go through ever dearer judgements. Hundreds of vectors are screened by what was judged around them, which takes
+milliseconds; a few are brought into the budget and compared by what the additive model, which comes from a few images,
+predicts for them and by what it was seen to miss (`raqu_onnx.search.surrogate`); the most promising ones are quantized
+and run on the whole selection set.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from raqu_onnx.search.surrogate import ResidualSurrogate
+
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import Bits, Evaluation
 
@@ -23,6 +30,11 @@ __all__ = ["Space", "TrustRegion"]
 
 _FAILURES_TO_SHRINK = 4
 _LARGEST_RADIUS = 3
+# Vectors that are screened for each batch, and values that are moved in half of them, on average.
+_SCREENED = 512
+_MOVED = 4
+# Candidates that are brought into the budget for each one that is judged, and vectors that are tried for each of them.
+_POOL = 3
 _TRIES = 8
 
 
@@ -38,6 +50,9 @@ class Space(Protocol):
 
     def candidate(self, vector: list[int]) -> Bits | None:
         """The candidate of a vector, brought into the budget; None where that cannot be done."""
+
+    def prediction(self, bits: Bits) -> float:
+        """The loss that the additive model predicts for a candidate of this space."""
 
 
 @dataclass
@@ -55,10 +70,15 @@ class TrustRegion:
     incumbent: Evaluation
     _radius: int = 1
     _failures: int = 0
-    _optimizer: Any = None
     _bounds: list[tuple[int, int]] = field(default_factory=list)
     _asked: set[Bits] = field(default_factory=set)
     _restarts: int = 0
+    _surrogate: ResidualSurrogate = field(init=False)
+    _screen: ResidualSurrogate = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.space.vector(self.incumbent.bits) is not None:
+            self._rebuild()
 
     def step(self, most: int = 1) -> int:
         """Judge a batch of new candidates.
@@ -71,9 +91,12 @@ class TrustRegion:
         """
         if self.space.vector(self.incumbent.bits) is None:
             return 0
-        if self._optimizer is None:
-            self._rebuild()
         candidates = self._ask(min(most, self.problem.settings.batch))
+        while not candidates and self._radius < _LARGEST_RADIUS:
+            # The repair gave one of those that are known for all that is near.
+            self._radius += 1
+            self._rebuild()
+            candidates = self._ask(min(most, self.problem.settings.batch))
         if not candidates:
             return 0
         found = self.problem.evaluate_many(candidates, "bayesian search")
@@ -96,32 +119,16 @@ class TrustRegion:
 
     def _rebuild(self) -> None:
         """A fresh surrogate around the incumbent, told everything that was judged inside its space."""
-        from skopt import Optimizer
-        from skopt.learning import ExtraTreesRegressor
-
         centre = self._centre()
         self._bounds = [
             (max(low, value - self._radius), min(high, value + self._radius))
             for value, (low, high) in zip(centre, self.space.limits, strict=True)
         ]
-        seed = (self.problem.settings.seed + 7919 * self._restarts) % 2**31
         self._restarts += 1
-        with warnings.catch_warnings():
-            # Dimensions in which a width is already at both of its limits have one value only; skopt warns of it.
-            warnings.simplefilter("ignore")
-            self._optimizer = Optimizer(
-                # A width that cannot move still needs two values for skopt; the repair puts it back.
-                [(low, high if high > low else low + 1) for low, high in self._bounds],
-                base_estimator=ExtraTreesRegressor(n_estimators=60, min_samples_leaf=2, random_state=seed, n_jobs=1),
-                acq_func="EI",
-                acq_optimizer="sampling",
-                acq_optimizer_kwargs={"n_points": 500, "n_jobs": 1},
-                n_initial_points=1,
-                random_state=seed,
-            )
+        seed = (self.problem.settings.seed + 7919 * self._restarts) % 2**31
+        self._surrogate, self._screen = ResidualSurrogate(seed), ResidualSurrogate(seed)
         for evaluation in self.problem.evaluations:
-            self._tell(evaluation, fit=False)
-        self._tell(self.incumbent)
+            self._tell(evaluation)
 
     def _centre(self) -> list[int]:
         centre = self.space.vector(self.incumbent.bits)
@@ -129,54 +136,61 @@ class TrustRegion:
             raise ValueError("the incumbent has no vector in the space that is searched")
         return centre
 
-    def _tell(self, evaluation: Evaluation, *, fit: bool = True) -> None:
+    def _tell(self, evaluation: Evaluation) -> None:
         vector, loss = self.space.vector(evaluation.bits), evaluation.score.loss
         # A candidate that yields infinities or NaN is bad beyond what the surrogate can take.
         if vector is None or not math.isfinite(loss):
             return
         if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._optimizer.tell(vector, loss, fit=fit)
+        self._surrogate.tell(vector, self.space.prediction(evaluation.bits), loss)
+        self._screen.tell(vector, 1.0, loss)
 
     def _ask(self, count: int) -> list[Bits]:
         """Candidates inside the budget that have not been judged, as many as can be found up to a number."""
         generator = np.random.default_rng([self.problem.settings.seed, len(self.problem.evaluations), self._restarts])
-        found = (self._new_candidate(vector, generator) for vector in self._asked_vectors(count))
-        return [bits for bits in found if bits is not None]
+        pool = self._pool(count, generator)
+        vectors = np.array([self.space.vector(bits) for bits in pool])
+        predictions = np.array([self.space.prediction(bits) for bits in pool])
+        surrogate = self._surrogate.copy()
+        found: list[int] = []
+        while len(found) < min(count, len(pool)):
+            best = next(int(at) for at in surrogate.ranked(vectors, predictions) if at not in found)
+            found.append(best)
+            surrogate.tell_lie(vectors[best].tolist(), float(predictions[best]))
+        chosen = [pool[at] for at in found]
+        self._asked.update(chosen)
+        return chosen
 
-    def _asked_vectors(self, count: int) -> list[list[int]]:
-        """Vectors that the surrogate proposes.
+    def _pool(self, count: int, generator: np.random.Generator) -> list[Bits]:
+        """New candidates to choose so many from; fewer where the repair gives the same ones again and again.
 
-        Of several, each is proposed as if those before it had turned out as well as the best known: the constant liar
-        (Ginsbourger, Le Riche, Carraro, "Kriging is well-suited to parallelize optimization", 2010, section 4.2) keeps
-        them apart.
+        Bringing one into the budget takes much longer than to screen its vector: half of those that are brought there
+        promise most by their vectors alone, half are any.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if count == 1:
-                return [self._optimizer.ask()]
-            return list(self._optimizer.ask(n_points=count, strategy="cl_min"))
-
-    def _new_candidate(self, vector: list[int], generator: np.random.Generator) -> Bits | None:
-        """The candidate of a vector; where it is known, another one near the incumbent, None where none is found."""
-        for attempt in range(_TRIES):
-            moved = self._mutate(generator) if attempt else vector
-            bits = self.space.candidate(
-                [int(np.clip(int(v), *bounds)) for v, bounds in zip(moved, self._bounds, strict=True)]
-            )
+        vectors = self._vectors(generator)
+        ranked = self._screen.ranked(vectors, np.ones(len(vectors)))
+        order = np.stack([ranked, np.arange(len(vectors))], axis=1).reshape(-1)
+        found: dict[Bits, None] = {}
+        for place in order[: _TRIES * _POOL * count].tolist():
+            bits = self.space.candidate(vectors[place].tolist())
             if bits is not None and bits not in self._asked and not self._is_known(bits):
-                self._asked.add(bits)
-                return bits
-        return None
+                found[bits] = None
+            if len(found) == _POOL * count:
+                break
+        return list(found)
 
-    def _mutate(self, generator: np.random.Generator) -> list[int]:
-        """The incumbent with a few values moved: what remains when the surrogate repeats itself."""
-        vector = np.array(self._centre())
-        moved = generator.choice(len(vector), size=min(len(vector), int(generator.integers(2, 5))), replace=False)
-        vector[moved] += generator.choice([-1, 1], size=len(moved))
-        return [int(v) for v in vector]
+    def _vectors(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Half of them anywhere in the trust region, half the incumbent's with a few values moved.
+
+        Good moves of many dimensions are rare in a sample of all (Regis, Shoemaker, "Combining radial basis function
+        surrogates and dynamic coordinate search", Engineering Optimization 45(5), 2013).
+        """
+        low, high = np.array(self._bounds).T
+        vectors = generator.integers(low, high + 1, (_SCREENED, len(low)))
+        kept = generator.random(vectors.shape) >= min(1.0, _MOVED / len(low))
+        kept[: _SCREENED // 2] = False
+        return generator.permutation(np.where(kept, self._centre(), vectors))
 
     def _is_known(self, bits: Bits) -> bool:
         return any(bits == evaluation.bits for evaluation in self.problem.evaluations)

@@ -25,7 +25,7 @@ from raqu_onnx.search.bayes import TrustRegion
 from raqu_onnx.search.cell_prices import cell_shares, cells_by_width, cells_within, mean_cells
 from raqu_onnx.search.fitting import repaired, within
 from raqu_onnx.search.result import Bits
-from raqu_onnx.search.stages import LayerStage, searched_activations, widest_activations
+from raqu_onnx.search.stages import LayerStage, activation_loss, searched_activations, widest_activations
 
 if TYPE_CHECKING:
     from raqu_onnx.dropping import DropRules
@@ -266,6 +266,11 @@ class KernelStage:
         """The exponents that gave an allocation."""
         return self._known.get(bits)
 
+    def prediction(self, bits: Bits) -> float:
+        """Sum of the losses of kernels, each alone and none weighed above another, and of the inputs of nodes."""
+        widths = {name: np.array(own) for name, own in zip(self._problem.names, bits.weights, strict=True)}
+        return self._allocator.loss(widths, Taste()) + activation_loss(self._sensitivity, bits)
+
     def _weights(self, bits: KernelBits) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(bits[name].tolist()) for name in self._problem.names)
 
@@ -299,6 +304,10 @@ class _KernelSpace:
         exponents = len(self.problem.nodes) + 2
         activations = tuple(vector[exponents:]) or self.incumbent.bits.activations
         return self.stage.allocate(vector[:exponents], self.budget, activations)
+
+    def prediction(self, bits: Bits) -> float:
+        """Sum of the losses of kernels alone."""
+        return self.stage.prediction(bits)
 
 
 def _best_of(found: dict[_Start, Evaluation]) -> _Start:

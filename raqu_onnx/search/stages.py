@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raqu_onnx.search.result import Evaluation, NodeWidth
     from raqu_onnx.search.sensitivity import Sensitivity
 
-__all__ = ["LayerStage", "Stage", "searched_activations", "widest_activations"]
+__all__ = ["LayerStage", "Stage", "activation_loss", "searched_activations", "widest_activations"]
 
 
 class Stage(Protocol):
@@ -47,6 +47,13 @@ def searched_activations(problem: Problem) -> list[tuple[int, int]]:
     limits = [problem.settings.activation_limits(node) for node in range(len(problem.nodes))]
     found = [bits for bits in limits if bits is not None]
     return found if any(low < high for low, high in found) else []
+
+
+def activation_loss(sensitivity: Sensitivity, bits: Bits) -> float:
+    """Sum of the losses that inputs of nodes have alone at their widths; 0 where they stay float."""
+    if sensitivity.activations is None or bits.activations is None:
+        return 0.0
+    return float(sum(row[width] for row, width in zip(sensitivity.activations, bits.activations, strict=True)))
 
 
 class LayerStage:
@@ -97,6 +104,11 @@ class LayerStage:
 
         return repaired(self._problem, self._sensitivity, allocate, activations, budget)
 
+    def prediction(self, bits: Bits) -> float:
+        """Sum of the losses that nodes with one width each have alone, in their weights and in their inputs."""
+        weights = (self._sensitivity.weights[node, width] for node, width in bits.by_node.items())
+        return sum(weights, start=0.0) + activation_loss(self._sensitivity, bits)
+
     def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:
         """A search of widths around a candidate."""
         return TrustRegion(self._problem, _LayerSpace(self._problem, self, budget, incumbent), incumbent)
@@ -130,3 +142,7 @@ class _LayerSpace:
         nodes = len(self.problem.nodes)
         activations = tuple(vector[nodes:]) or self.incumbent.bits.activations
         return self.stage.fitted(tuple(vector[:nodes]), activations, self.budget)
+
+    def prediction(self, bits: Bits) -> float:
+        """Sum of the losses of nodes alone."""
+        return self.stage.prediction(bits)
