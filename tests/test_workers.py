@@ -344,6 +344,30 @@ def test_a_scheduler_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         next(found)
 
 
+def test_a_judge_that_fails_is_no_worker_that_died() -> None:
+    """Neither is asked again: with a full disk it would fail everywhere."""
+    from raqu_onnx.search.dask_pool import _answer
+
+    def fails() -> None:
+        raise OSError("No space left on device")
+
+    with pytest.raises(WorkerError, match=r"^a worker of the Dask cluster cannot judge: No space left on device$"):
+        _answer(SimpleNamespace(status="error", result=fails))
+    with pytest.raises(OSError, match="No space left"):
+        _answer(SimpleNamespace(status="lost", result=fails))
+
+
+def test_a_worker_that_joins_late_must_run_the_same() -> None:
+    from raqu_onnx.search.dask_pool import _judge_there, _ours
+
+    source: Any = Slow()
+    bits = Bits((3,), None)
+    assert _judge_there("late", source, _ours(), 1, "quick", bits) == (1, 3.0)
+    said = r"does not run what runs here: numpy is .* there and 1\.0 here; install the same releases"
+    with pytest.raises(WorkerError, match=said):
+        _judge_there("later", source, {**_ours(), "numpy": "1.0"}, 1, "quick", bits)
+
+
 def test_without_dask_it_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     said = r"Dask is not installed; pip install 'raqu-onnx\[dask\]'"

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from raqu_onnx.errors import WorkerError
 from raqu_onnx.search.identity import differences, environment
-from raqu_onnx.search.pools import MOST_DEATHS, judge_in_worker
+from raqu_onnx.search.pools import MOST_DEATHS, answers_despite_deaths, judge_in_worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,7 @@ __all__ = ["DaskPool", "dask_pool"]
 _PATIENCE = 10
 # Tasks for each worker that are handed out ahead, so that none waits for the next one.
 _AHEAD = 2
+_SAME = "install the same releases"
 
 
 @contextmanager
@@ -91,20 +92,19 @@ class DaskPool:
 
     def _require_same(self) -> tuple[str, ...]:
         """Make sure that workers run what runs here; returns their kinds of processors."""
-        ours = {name: value for name, value in environment().items() if name != "processor"}
+        ours = _ours()
         found: dict[str, Identity | str] = self._client.run(_environment, on_error="return")
         kinds = set()
         for worker, theirs in sorted(found.items()):
             wrong = theirs if isinstance(theirs, str) else None
             if isinstance(theirs, dict):
                 kinds.add(theirs.pop("processor"))
-                wrong = differences(ours, theirs, was="is {} there", now="{} here")
+                wrong = _differences(ours, theirs)
             elif wrong is None:
                 wrong = _first_line(theirs)
             if wrong:
                 raise WorkerError(
-                    f"--dask {self._address}: worker {worker} does not run what runs here: {wrong}; install the same "
-                    "releases"
+                    f"--dask {self._address}: worker {worker} does not run what runs here: {wrong}; {_SAME}"
                 )
         return tuple(sorted(kinds))
 
@@ -132,38 +132,36 @@ class _DaskJudges:
         distributed: Any = import_module("distributed")
         # The last two where the scheduler itself is gone, or has no workers for long.
         gone = (distributed.KilledWorker, distributed.CancelledError, asyncio.CancelledError, OSError, TimeoutError)
-        left, deaths = dict(enumerate(candidates)), 0
-        while left and not until():
-            try:
-                for index, answer in self._run(kind, list(left.items()), until):
-                    deaths = 0
-                    del left[index]
-                    yield index, answer
-            except gone as error:
-                # The last worker that held the source may have gone with it.
-                self._sent, deaths = None, deaths + 1
-                if self.client.status == "closed":
-                    raise WorkerError("the scheduler of the Dask cluster is gone; start it again") from error
-                if deaths == MOST_DEATHS:
-                    raise WorkerError(
-                        f"workers of the Dask cluster died {deaths} times in a row while they judged, maybe for want "
-                        "of memory; give them more"
-                    ) from error
-            else:
-                return
+
+        def run(jobs: list[tuple[int, Bits]]) -> Iterator[tuple[int, Answer]]:
+            return self._run(kind, jobs, until)
+
+        def wrong(deaths: int) -> WorkerError | None:
+            # The last worker that held the source may have gone with it.
+            self._sent = None
+            if self.client.status == "closed":
+                return WorkerError("the scheduler of the Dask cluster is gone; start it again")
+            if deaths < MOST_DEATHS:
+                return None
+            return WorkerError(
+                f"workers of the Dask cluster died {deaths} times in a row while they judged, maybe for want of "
+                "memory; give them more"
+            )
+
+        return answers_despite_deaths(candidates, until, run, gone, wrong)
 
     def _run(self, kind: Kind, jobs: list[tuple[int, Bits]], until: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
         if self._sent is None:
             # One future for the source, which the scheduler keeps and workers fetch from each other.
             self._sent = self.client.scatter(self.source, broadcast=True, hash=False)
-        waiting = list(reversed(jobs))
+        waiting, ours = list(reversed(jobs)), _ours()
         running = import_module("distributed").as_completed(loop=self.client.loop)
         futures: list[Any] = []
 
         def hand_out() -> None:
             if waiting and not until():
                 index, bits = waiting.pop()
-                call = (_judge_there, self.name, self._sent, index, kind, bits)
+                call = (_judge_there, self.name, self._sent, ours, index, kind, bits)
                 futures.append(self.client.submit(*call, pure=False))
                 running.add(futures[-1])
 
@@ -171,15 +169,44 @@ class _DaskJudges:
             for _ in range(_AHEAD * self.workers):
                 hand_out()
             for future in running:
-                found: tuple[int, Answer] = future.result()
+                found = _answer(future)
                 hand_out()
                 yield found
         finally:
             self.client.cancel(futures)
 
 
-def _judge_there(name: str, source: JudgeSource, index: int, kind: Kind, bits: Bits) -> tuple[int, Answer]:
-    return index, judge_in_worker(name, lambda: source, kind, bits)
+def _answer(future: Any) -> tuple[int, Answer]:
+    """The answer of a task that has ended."""
+    try:
+        found: tuple[int, Answer] = future.result()
+    except OSError as error:
+        if future.status == "error":
+            # Raised by the judge itself, as where it finds no room to write: another worker need not be asked.
+            raise WorkerError(f"a worker of the Dask cluster cannot judge: {_first_line(error)}") from error
+        raise
+    return found
+
+
+def _judge_there(
+    name: str, source: JudgeSource, ours: Identity, index: int, kind: Kind, bits: Bits
+) -> tuple[int, Answer]:
+    def load() -> JudgeSource:
+        # A worker that joined while the search was going on has not been asked yet.
+        if wrong := _differences(ours, _ours()):
+            raise WorkerError(f"a worker of the Dask cluster does not run what runs here: {wrong}; {_SAME}")
+        return source
+
+    return index, judge_in_worker(name, load, kind, bits)
+
+
+def _differences(ours: Identity, theirs: Identity) -> str:
+    return differences(ours, theirs, was="is {} there", now="{} here")
+
+
+def _ours() -> Identity:
+    """What workers must run."""
+    return {name: value for name, value in environment().items() if name != "processor"}
 
 
 def _environment() -> Identity:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits
 
-__all__ = ["MOST_DEATHS", "LocalPool", "Pool", "judge_in_worker"]
+__all__ = ["MOST_DEATHS", "LocalPool", "Pool", "answers_despite_deaths", "judge_in_worker"]
 
 #: Times in a row that workers may die without an answer in between.
 MOST_DEATHS = 3
@@ -53,6 +53,40 @@ class Pool(Protocol):
         Args:
             source: Gives what they are made of; data is written to the folder that it is given, if any.
         """
+
+
+def answers_despite_deaths(
+    candidates: Sequence[Bits],
+    until: Callable[[], bool],
+    run: Callable[[list[tuple[int, Bits]]], Iterator[tuple[int, Answer]]],
+    gone: tuple[type[BaseException], ...],
+    wrong: Callable[[int], WorkerError | None],
+) -> Iterator[tuple[int, Answer]]:
+    """The answers as they come; what dying workers were judging is judged again by others.
+
+    Args:
+        candidates: What is judged.
+        until: Once it says so, no run is begun.
+        run: Judges some of the candidates, each with its position.
+        gone: What is raised where a worker has died.
+        wrong: What is wrong, by the deaths in a row without an answer in between; None to try again.
+
+    Raises:
+        WorkerError: What is wrong.
+    """
+    left, deaths = dict(enumerate(candidates)), 0
+    while left and not until():
+        try:
+            for index, answer in run(list(left.items())):
+                deaths = 0
+                del left[index]
+                yield index, answer
+        except gone as error:
+            deaths += 1
+            if (found := wrong(deaths)) is not None:
+                raise found from error
+        else:
+            return
 
 
 @dataclass
@@ -103,22 +137,19 @@ class _LocalJudges:
         Raises:
             WorkerError: Workers die again and again.
         """
-        left, deaths = dict(enumerate(candidates)), 0
-        while left and not until():
-            try:
-                for index, answer in self._run(kind, list(left.items()), until):
-                    deaths = 0
-                    del left[index]
-                    yield index, answer
-            except BrokenProcessPool as error:
-                deaths += 1
-                if deaths == MOST_DEATHS:
-                    raise WorkerError(
-                        f"workers died {deaths} times in a row while they judged, maybe for want of memory; use fewer "
-                        f"than {self.workers} --workers"
-                    ) from error
-            else:
-                return
+
+        def run(jobs: list[tuple[int, Bits]]) -> Iterator[tuple[int, Answer]]:
+            return self._run(kind, jobs, until)
+
+        def wrong(deaths: int) -> WorkerError | None:
+            if deaths < MOST_DEATHS:
+                return None
+            return WorkerError(
+                f"workers died {deaths} times in a row while they judged, maybe for want of memory; use fewer than "
+                f"{self.workers} --workers"
+            )
+
+        return answers_despite_deaths(candidates, until, run, (BrokenProcessPool,), wrong)
 
     def _run(self, kind: Kind, jobs: list[tuple[int, Bits]], until: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
         from joblib import Parallel, delayed
