@@ -34,7 +34,7 @@ _LARGEST_RADIUS = 3
 _SCREENED = 512
 _MOVED = 4
 # Candidates that are brought into the budget for each one that is judged, and vectors that are tried for each of them.
-_POOL = 3
+_POOL = 2
 _TRIES = 8
 
 
@@ -72,6 +72,7 @@ class TrustRegion:
     _failures: int = 0
     _bounds: list[tuple[int, int]] = field(default_factory=list)
     _asked: set[Bits] = field(default_factory=set)
+    _left: list[Bits] = field(default_factory=list)
     _restarts: int = 0
     _surrogate: ResidualSurrogate = field(init=False)
     _screen: ResidualSurrogate = field(init=False)
@@ -126,6 +127,7 @@ class TrustRegion:
         ]
         self._restarts += 1
         seed = (self.problem.settings.seed + 7919 * self._restarts) % 2**31
+        self._left = []
         self._surrogate, self._screen = ResidualSurrogate(seed), ResidualSurrogate(seed)
         for evaluation in self.problem.evaluations:
             self._tell(evaluation)
@@ -171,14 +173,17 @@ class TrustRegion:
         vectors = self._vectors(generator)
         ranked = self._screen.ranked(vectors, np.ones(len(vectors)))
         order = np.stack([ranked, np.arange(len(vectors))], axis=1).reshape(-1)
-        found: dict[Bits, None] = {}
+        # What was not chosen around the same incumbent may be next time.
+        found = {bits: None for bits in self._left if bits not in self._asked}
+        enough = len(found) + _POOL * count
         for place in order[: _TRIES * _POOL * count].tolist():
             bits = self.space.candidate(vectors[place].tolist())
             if bits is not None and bits not in self._asked and not self._is_known(bits):
                 found[bits] = None
-            if len(found) == _POOL * count:
+            if len(found) == enough:
                 break
-        return list(found)
+        self._left = list(found)
+        return self._left
 
     def _vectors(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """Half of them anywhere in the trust region, half the incumbent's with a few values moved.
