@@ -310,18 +310,16 @@ class KernelAllocator:
             own_rows = self._rows(node, pruned.row_counts(node)).astype(np.float64)
             rows = self._together(node.name, own_rows[:, None])[:, 0]
             group, firsts = self.members(node.name)
-            current = bits[node.name]
-            for entry in firsts:
-                here = int(current[entry])
-                wider = np.flatnonzero(np.isfinite(table[entry]) & (np.arange(9) > here))
-                if not here or not wider.size:
-                    continue
-                cells = int(rows[entry]) * (self._cells[node.name][wider] - self._cells[node.name][here])
-                gains = (table[entry, here] - table[entry, wider]) / np.maximum(cells, 1e-9)
-                best = int(np.argmax(gains))
-                if gains[best] > 0:
-                    members = np.flatnonzero(group == group[entry])
-                    steps.append(_Step(float(gains[best]), node.name, members, int(wider[best]), float(cells[best])))
+            current, cells = bits[node.name], self._cells[node.name]
+            wider = np.isfinite(table) & (np.arange(9) > current[:, None]) & (current[:, None] > 0)
+            taken = rows[:, None] * (cells - cells[current][:, None])
+            saved = table[np.arange(len(table)), current][:, None] - np.where(wider, table, 0.0)
+            gains = np.where(wider, saved / np.maximum(taken, 1e-9), -np.inf)
+            best = np.argmax(gains, axis=1)
+            for entry in (first for first in firsts if gains[first, best[first]] > 0):
+                width = int(best[entry])
+                members = np.flatnonzero(group == group[entry])
+                steps.append(_Step(float(gains[entry, width]), node.name, members, width, float(taken[entry, width])))
         return sorted(steps, key=lambda step: -step.gain)
 
 

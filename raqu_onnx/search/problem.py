@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from raqu_onnx.quantizer import ModelQuantizer
     from raqu_onnx.search.budget import Cost
     from raqu_onnx.search.result import SearchSettings
+
+# Placements that are remembered: a candidate is placed to see whether it fits, and measured once it is chosen.
+_REMEMBERED = 16
 
 __all__ = ["Problem", "ProgressCallback", "no_progress"]
 
@@ -104,6 +108,7 @@ class Problem:
         judges = run.judges(self._judge, model, quantizer, selection, settings)
         self._records = Records(judges, run.journal, self._cache)
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
+        self._placements: OrderedDict[tuple[Sharing, bytes], Placement] = OrderedDict()
         self._matrices: dict[tuple[int, int], Matrix] = {}
         flow = Flow(*execution_order(model, self.names))
         self._costs = CostModel(self.nodes, chip, flow)
@@ -146,7 +151,16 @@ class Problem:
         Raises:
             DoesNotFitError: The chip is too small.
         """
-        matrices, mode = self.matrices(weights), sharing or self.chip.sharing
+        mode = sharing or self.chip.sharing
+        key = (mode, _digest(weights))
+        if key not in self._placements:
+            self._placements[key] = self._place(weights, mode)
+            if len(self._placements) > _REMEMBERED:
+                self._placements.popitem(last=False)
+        return self._placements[key]
+
+    def _place(self, weights: tuple[NodeWidth, ...], mode: Sharing) -> Placement:
+        matrices = self.matrices(weights)
         if self.in_parts is not None and mode == self.chip.sharing:
             return self.in_parts(matrices)
         return place(matrices, self.chip, sharing=mode, max_crossbars=self.max_crossbars)
