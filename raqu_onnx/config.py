@@ -165,9 +165,7 @@ class OptimizeConfig(BaseModel):
     threads: int | None = Field(None, ge=1, strict=True, description="threads of onnxruntime, default all")
     workers: int = Field(1, ge=1, strict=True, description="processes of this machine that judge candidates")
     dask: str | None = Field(None, description="scheduler of a Dask cluster whose workers judge candidates")
-    batch: int | None = Field(
-        None, ge=1, strict=True, description="candidates that are asked for at once, default as many as workers"
-    )
+    batch: int = Field(SearchSettings.batch, ge=1, strict=True, description="candidates that are asked for at once")
     timeout: float | None = Field(
         None, ge=0, strict=True, description="seconds after which the search comes to its end with what it has"
     )
@@ -256,7 +254,7 @@ class OptimizeConfig(BaseModel):
             sensitivity_samples=self.sensitivity_samples,
             batch_size=self.batch_size,
             seed=self.seed,
-            batch=self.batch or self.workers,
+            batch=self.batch,
             threads=self.threads,
             task=self.task,
             metric=self.metric,
@@ -327,7 +325,6 @@ def effective_toml(config: OptimizeConfig) -> str:
         "max_accuracy_drop": "no limit" if goal else "none: the widths are fixed and no goal is given",
         "threads": "all",
         "dask": "none, this machine judges",
-        "batch": "as many as workers",
         "timeout": "none, the evaluations bound the search",
         "passes": "the default pipeline",
         "replicate": "one copy of each node",

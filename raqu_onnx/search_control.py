@@ -57,7 +57,7 @@ def _searches(settings: OptimizeConfig) -> bool:
 
 @contextmanager
 def open_pool(settings: OptimizeConfig, scratch: Path) -> Iterator[tuple[OptimizeConfig, Pool | None]]:
-    """Workers, and the settings with what depends on them: threads of each evaluation, and candidates asked at once.
+    """Workers, and the settings with what depends on them: threads of each evaluation.
 
     All of the run has these threads, not workers alone: what is emitted has the floats of what was judged.
 
@@ -82,11 +82,11 @@ def open_pool(settings: OptimizeConfig, scratch: Path) -> Iterator[tuple[Optimiz
         finally:
             local.close()
     else:
-        yield settings.model_copy(update={"batch": settings.batch or 1}), None
+        yield settings, None
 
 
 def _with(settings: OptimizeConfig, pool: Pool) -> OptimizeConfig:
-    return settings.model_copy(update={"threads": pool.threads, "batch": settings.batch or pool.workers})
+    return settings.model_copy(update={"threads": pool.threads})
 
 
 def search_warnings(found: SearchResult | None, run: SearchRun) -> list[str]:

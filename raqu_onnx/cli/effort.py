@@ -32,7 +32,7 @@ def add_effort(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="candidates that the Bayesian stage asks for at once; with the seed it decides the result, whoever judges "
-        "(default: as many as there are workers)",
+        "(default: 1); give as many as there are workers to keep all of them busy",
     )
     group.add_argument(
         "--timeout",

@@ -148,7 +148,7 @@ class SearchSettings:
         sensitivity_samples: Samples on which the effect of each node alone is measured.
         batch_size: Samples per run.
         seed: Seed of everything random.
-        batch: Candidates that the Bayesian stage asks for at once.
+        batch: Candidates that the Bayesian stage asks for at once, whoever judges them.
         threads: Threads for onnxruntime, None for all.
         task: What the model's outputs are, which decides how candidates are judged.
         metric: What quality is, see `raqu_onnx.metrics.parse_metric`.
