@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raqu_onnx.progress import BEST
-from raqu_onnx.search.result import goal_is_met, points_below
+from raqu_onnx.search.result import points_below
+from raqu_onnx.search.trend import keeps_goal
 
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
@@ -27,9 +28,11 @@ class BestSoFar:
     def __init__(self, reference: Score, goal: Goal, progress: ProgressCallback) -> None:
         self._reference, self._goal, self._progress = reference, goal, progress
         self._best: tuple[float, ...] | None = None
+        self._seen: list[Evaluation] = []
 
     def see(self, evaluation: Evaluation) -> None:
         """Compare one more candidate."""
+        self._seen.append(evaluation)
         below = points_below(self._reference, evaluation.score)
         rank = self._rank(evaluation)
         if self._best is not None and rank >= self._best:
@@ -42,6 +45,6 @@ class BestSoFar:
 
     def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
         """Smaller is better: what misses the goal last, by loss; else what is minimized, then loss."""
-        missed = bool(self._goal) and not goal_is_met(self._goal, self._reference, evaluation)
+        missed = bool(self._goal) and not keeps_goal(self._goal, self._reference, self._seen, evaluation)
         minimized = None if missed else self._goal.minimized
         return (float(missed), 0.0 if minimized is None else evaluation.value(minimized), evaluation.score.loss)

@@ -9,7 +9,8 @@ from raqu_onnx.cost import cycle_ns
 from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.budget import Cost
 from raqu_onnx.search.fitting import lowest_activations
-from raqu_onnx.search.result import Bits, goal_is_met
+from raqu_onnx.search.result import Bits
+from raqu_onnx.search.trend import keeps_goal
 
 if TYPE_CHECKING:
     from raqu_onnx.search.bayes import TrustRegion
@@ -208,4 +209,4 @@ def _known(problem: Problem, budget: Budget) -> list[Evaluation]:
 
 
 def _meets(problem: Problem, goal: Goal, found: Evaluation) -> bool:
-    return goal_is_met(goal, problem.reference, found)
+    return keeps_goal(goal, problem.reference, problem.evaluations, found)
