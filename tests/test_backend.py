@@ -337,7 +337,7 @@ def test_misuse_is_refused_in_one_line(made: Callable[..., Path]) -> None:
         (ConfigError, "CUDA", lambda: backend.prepare(folder, "CUDA")),
         (ConfigError, "manifest", lambda: backend.prepare(proto)),
         (ConfigError, "cells", lambda: backend.prepare(folder, cells="cells.npz")),
-        (ConfigError, "adc_bits is 0", lambda: backend.prepare(folder, adc_bits=0)),
+        (ConfigError, "--adc-bits.*found 0", lambda: backend.prepare(folder, adc_bits=0)),
         (ConfigError, "single node", lambda: backend.run_node(proto.graph.node[0], [x])),
         (ConfigError, "batch", lambda: rep.run([x], batch=3)),
         (DataError, "2 given", lambda: rep.run([x, x])),

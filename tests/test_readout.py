@@ -220,11 +220,11 @@ def test_read_noise_is_that_of_the_cells_together() -> None:
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"variation": -0.1}, "variation is -0.1"),
-        ({"variation": math.nan}, "variation is nan"),
-        ({"read_noise": math.inf}, "read_noise is inf"),
-        ({"stuck": 1.5}, "stuck is 1.5"),
-        ({"stuck_high": -1.0}, "stuck_high is -1"),
+        ({"variation": -0.1}, "--variation.*found -0.1"),
+        ({"variation": math.nan}, "--variation.*found nan"),
+        ({"read_noise": math.inf}, "--read-noise.*found inf"),
+        ({"stuck": 1.5}, "--stuck: .*found 1.5"),
+        ({"stuck_high": -1.0}, "--stuck-high: .*found -1"),
     ],
 )
 def test_impossible_errors_are_refused(figures: dict[str, float], said: str) -> None:

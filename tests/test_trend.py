@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from raqu_onnx.evaluation import Score
 from raqu_onnx.search import Bits, Goal
 from raqu_onnx.search.result import Evaluation
-from raqu_onnx.search.trend import keeps_goal, usual_points
+from raqu_onnx.search.trend import Trend
 
 FLOAT = Score(samples=2000, top1=0.95, agreement=1.0, kl=0.0, sqnr_db=None)
 
@@ -22,39 +22,43 @@ def judged(kl: float, points: float, crossbars: int = 10) -> Evaluation:
     return Evaluation(Bits.uniform(1, 4, 8), crossbars, score, "test")
 
 
+def keeps_goal(goal: Goal, candidates: list[Evaluation], found: Evaluation) -> bool:
+    return Trend(FLOAT, candidates).keeps(goal, found)
+
+
 def test_a_lucky_candidate_among_worse_ones_does_not_keep_the_goal() -> None:
     candidates = [judged(0.001, 0.1), judged(0.01, 0.7), judged(0.0101, 0.0), judged(0.0102, 0.8), judged(0.011, 0.6)]
     lucky = candidates[2]
     goal = Goal(max_accuracy_drop=0.25)
     # By itself, or beside better ones, nothing speaks against it.
-    assert keeps_goal(goal, FLOAT, [lucky], lucky)
-    assert keeps_goal(goal, FLOAT, [candidates[0], lucky], lucky)
-    assert not keeps_goal(goal, FLOAT, candidates, lucky)
-    assert usual_points(candidates, FLOAT, lucky.score) == pytest.approx((0.7 + 0.0) / 2)
-    assert keeps_goal(goal, FLOAT, candidates, candidates[0])
-    assert keeps_goal(Goal(max_crossbars=10), FLOAT, candidates, lucky)
+    assert keeps_goal(goal, [lucky], lucky)
+    assert keeps_goal(goal, [candidates[0], lucky], lucky)
+    assert not keeps_goal(goal, candidates, lucky)
+    assert Trend(FLOAT, candidates).points(lucky.score) == pytest.approx((0.7 + 0.0) / 2)
+    assert keeps_goal(goal, candidates, candidates[0])
+    assert keeps_goal(Goal(max_crossbars=10), candidates, lucky)
 
 
 def test_an_unlucky_candidate_does_not_keep_the_goal_either() -> None:
     candidates = [judged(0.001, 0.4), judged(0.0011, 0.0), judged(0.0012, 0.0), judged(0.0013, 0.0)]
-    assert not keeps_goal(Goal(max_accuracy_drop=0.25), FLOAT, candidates, candidates[0])
-    assert keeps_goal(Goal(max_accuracy_drop=0.25), FLOAT, candidates, candidates[1])
+    assert not keeps_goal(Goal(max_accuracy_drop=0.25), candidates, candidates[0])
+    assert keeps_goal(Goal(max_accuracy_drop=0.25), candidates, candidates[1])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.001, 0.002, 0.005, 0.1]), st.floats(-1, 5)), min_size=1, max_size=20))
 def test_the_trend_rises_and_keeps_the_sum(pairs: list[tuple[float, float]]) -> None:
     candidates = [judged(*pair) for pair in pairs]
-    usual = [usual_points(candidates, FLOAT, item.score) for item in candidates]
+    usual = [Trend(FLOAT, candidates).points(item.score) for item in candidates]
     by_divergence = [points for _, points in sorted(zip((item.score.kl for item in candidates), usual, strict=True))]
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(by_divergence))
     # Isotonic regression keeps the sum of what it is fitted to; the float model is one of them.
-    at_float = usual_points(candidates, FLOAT, FLOAT)
+    at_float = Trend(FLOAT, candidates).points(FLOAT)
     assert sum(usual) + at_float == pytest.approx(sum(points for _, points in pairs), abs=1e-6)
 
 
 def test_candidates_that_yield_nothing_finite_do_not_count() -> None:
     broken = judged(math.inf, 90.0)
     fine = judged(0.001, 0.1)
-    assert usual_points([broken, fine], FLOAT, fine.score) == pytest.approx(0.1)
-    assert not keeps_goal(Goal(max_accuracy_drop=0.25), FLOAT, [broken, fine], broken)
+    assert Trend(FLOAT, [broken, fine]).points(fine.score) == pytest.approx(0.1)
+    assert not keeps_goal(Goal(max_accuracy_drop=0.25), [broken, fine], broken)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from raqu_onnx.progress import BEST
 from raqu_onnx.search.result import points_below
-from raqu_onnx.search.trend import keeps_goal
+from raqu_onnx.search.trend import Trend
 
 if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
@@ -17,7 +17,7 @@ __all__ = ["BestSoFar"]
 
 
 class BestSoFar:
-    """Tells of every candidate that serves the goal better than those before it.
+    """Tells which candidate serves the goal best whenever it is another one than before.
 
     Args:
         reference: Score of the float model.
@@ -27,24 +27,25 @@ class BestSoFar:
 
     def __init__(self, reference: Score, goal: Goal, progress: ProgressCallback) -> None:
         self._reference, self._goal, self._progress = reference, goal, progress
-        self._best: tuple[float, ...] | None = None
+        self._best: Evaluation | None = None
         self._seen: list[Evaluation] = []
 
     def see(self, evaluation: Evaluation) -> None:
-        """Compare one more candidate."""
+        """Compare one more candidate; what it tells of the others may make one of these the best."""
         self._seen.append(evaluation)
-        below = points_below(self._reference, evaluation.score)
-        rank = self._rank(evaluation)
-        if self._best is not None and rank >= self._best:
+        trend = Trend(self._reference, self._seen)
+        best = min(self._seen, key=lambda item: self._rank(trend, item))
+        if best is self._best:
             return
-        self._best = rank
-        crossbars = "1 crossbar" if evaluation.crossbars == 1 else f"{evaluation.crossbars} crossbars"
+        self._best = best
+        below = points_below(self._reference, best.score)
+        crossbars = "1 crossbar" if best.crossbars == 1 else f"{best.crossbars} crossbars"
         side = "below" if below >= 0 else "above"
-        missed = "; the goal is not met yet" if rank[0] else ""
+        missed = "; the goal is not met yet" if self._rank(trend, best)[0] else ""
         self._progress(f"{BEST}{crossbars}, {abs(below):.2f} points {side} float{missed}", 0, 1)
 
-    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+    def _rank(self, trend: Trend, evaluation: Evaluation) -> tuple[float, ...]:
         """Smaller is better: what misses the goal last, by loss; else what is minimized, then loss."""
-        missed = bool(self._goal) and not keeps_goal(self._goal, self._reference, self._seen, evaluation)
+        missed = bool(self._goal) and not trend.keeps(self._goal, evaluation)
         minimized = None if missed else self._goal.minimized
         return (float(missed), 0.0 if minimized is None else evaluation.value(minimized), evaluation.score.loss)

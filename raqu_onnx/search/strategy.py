@@ -10,7 +10,7 @@ from raqu_onnx.placement import DoesNotFitError
 from raqu_onnx.search.budget import Cost
 from raqu_onnx.search.fitting import lowest_activations
 from raqu_onnx.search.result import Bits
-from raqu_onnx.search.trend import keeps_goal
+from raqu_onnx.search.trend import Trend
 
 if TYPE_CHECKING:
     from raqu_onnx.search.bayes import TrustRegion
@@ -123,7 +123,8 @@ def least(problem: Problem, stage: Stage, goal: Goal) -> Evaluation:
 def _least_known(problem: Problem, goal: Goal, limits: Budget) -> Evaluation | None:
     """The least of the objective, and of the loss there, among candidates that meet the goal; None where none does."""
     objective = goal.minimized or "crossbars"
-    meeting = [e for e in _known(problem, limits) if _meets(problem, goal, e)]
+    trend = Trend(problem.reference, problem.evaluations)
+    meeting = [e for e in _known(problem, limits) if trend.keeps(goal, e)]
     return min(meeting, key=lambda e: (e.value(objective), e.score.loss), default=None)
 
 
@@ -209,4 +210,4 @@ def _known(problem: Problem, budget: Budget) -> list[Evaluation]:
 
 
 def _meets(problem: Problem, goal: Goal, found: Evaluation) -> bool:
-    return keeps_goal(goal, problem.reference, problem.evaluations, found)
+    return Trend(problem.reference, problem.evaluations).keeps(goal, found)

@@ -21,37 +21,33 @@ if TYPE_CHECKING:
     from raqu_onnx.evaluation import Score
     from raqu_onnx.search.result import Evaluation, Goal
 
-__all__ = ["keeps_goal", "usual_points"]
+__all__ = ["Trend"]
 
 
-def usual_points(judged: Sequence[Evaluation], reference: Score, score: Score) -> float:
-    """Points that candidates as far from the float model as one of them lie below it on average.
-
-    Args:
-        judged: All candidates judged so far; the float model itself counts as one more.
-        reference: Score of the float model on the same data.
-        score: The one asked for.
-    """
-    from scipy.optimize import isotonic_regression
-
-    known = [(item.score.fidelity, points_below(reference, item.score)) for item in judged]
-    divergence, points = np.array([(0.0, 0.0), *(pair for pair in known if np.isfinite(pair).all())]).T
-    places, which, counts = np.unique(divergence, return_inverse=True, return_counts=True)
-    means = np.bincount(which, weights=points) / counts
-    trend = isotonic_regression(means, weights=counts.astype(np.float64)).x
-    return float(np.interp(score.fidelity, places, trend))
-
-
-def keeps_goal(goal: Goal, reference: Score, judged: Sequence[Evaluation], found: Evaluation) -> bool:
-    """Whether a candidate meets a goal, and would be expected to by its divergence from the float model.
+class Trend:
+    """What candidates lose on average, by how far they are from the float model.
 
     Args:
-        goal: The goal.
-        reference: Score of the float model.
-        judged: All candidates judged so far.
-        found: The candidate, one of them.
+        reference: Score of the float model, which counts as one more candidate.
+        judged: Candidates judged on the same data so far.
     """
-    if not goal_is_met(goal, reference, found):
-        return False
-    most = goal.max_accuracy_drop
-    return most is None or usual_points(judged, reference, found.score) <= most + 1e-9
+
+    def __init__(self, reference: Score, judged: Sequence[Evaluation]) -> None:
+        from scipy.optimize import isotonic_regression
+
+        self._reference = reference
+        known = [(item.score.fidelity, points_below(reference, item.score)) for item in judged]
+        divergence, points = np.array([(0.0, 0.0), *(pair for pair in known if np.isfinite(pair).all())]).T
+        self._places, which, counts = np.unique(divergence, return_inverse=True, return_counts=True)
+        means = np.bincount(which, weights=points) / counts
+        self._points = isotonic_regression(means, weights=counts.astype(np.float64)).x
+
+    def points(self, score: Score) -> float:
+        """Points below float of candidates as far from it as one with this score."""
+        return float(np.interp(score.fidelity, self._places, self._points))
+
+    def keeps(self, goal: Goal, found: Evaluation) -> bool:
+        """Whether a candidate meets a goal, and would be expected to by its divergence from the float model."""
+        if not goal_is_met(goal, self._reference, found):
+            return False
+        return goal.max_accuracy_drop is None or self.points(found.score) <= goal.max_accuracy_drop + 1e-9
