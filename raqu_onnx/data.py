@@ -96,7 +96,7 @@ def take(dataset: Dataset, samples: int) -> Dataset:
 
     Data often lies class by class, or scene by scene: its first samples would be those of a few. From each of as many
     stretches of equal length as samples are wanted, one is drawn, always the same; every n-th sample would follow
-    data whose classes take turns. Of a stream whose length is not known, the first samples are taken.
+    data whose classes take turns. Of a stream, whose length is known only once it was read, the first are taken.
 
     Args:
         dataset: Where to take them from.
@@ -108,8 +108,9 @@ def take(dataset: Dataset, samples: int) -> Dataset:
     if samples < 1:
         raise ValueError(f"samples is {samples}, must be at least 1")
     wanted = -(-samples // dataset.unit)
-    if dataset.size is None:
+    if dataset.size is None or _is_stream(dataset):
         return _View(dataset, np.arange(wanted * dataset.unit))
+    dataset.require_unit(dataset.size)
     units = dataset.size // dataset.unit
     if wanted >= units:
         return _View(dataset, np.arange(units * dataset.unit))
@@ -160,7 +161,7 @@ class _View(Dataset):
             has_labels=base.has_labels,
             synthetic=base.synthetic,
         )
-        self._base = base
+        self.base = base
         self._indices = indices
         if base.size is not None:
             self.require_unit(len(indices))
@@ -168,23 +169,28 @@ class _View(Dataset):
     @property
     def size(self) -> int | None:
         """Number of samples; None while the stream behind it was never read to its end."""
-        total = self._base.size
+        total = self.base.size
         return None if total is None else int(np.searchsorted(self._indices, total))
 
     @property
     def top_label(self) -> int | None:
         """That of the dataset behind."""
-        return self._base.top_label
+        return self.base.top_label
 
     def read(self, most: int, indices: NDArray[np.intp] | None = None) -> Iterator[Batch]:
         """Yield the wanted samples of the dataset behind."""
         mine = self._indices
         wanted = mine if indices is None else mine[indices[indices < len(mine)]]
-        return self._base.read(most, wanted)
+        return self.base.read(most, wanted)
 
     def count(self) -> int:
         """Number of samples, by reading the stream behind where that is needed."""
-        return int(np.searchsorted(self._indices, _count(self._base)))
+        return int(np.searchsorted(self._indices, _count(self.base)))
+
+
+def _is_stream(dataset: Dataset) -> bool:
+    """Whether it is read from a stream, even if that was read before and its length is known by now."""
+    return isinstance(dataset, StreamDataset) or (isinstance(dataset, _View) and _is_stream(dataset.base))
 
 
 def _count(dataset: Dataset) -> int:

@@ -114,17 +114,18 @@ class ModelQuantizer:
         """What `fit_sequentially` chose of the calibration data, None where nodes are fitted one by one."""
         return None if self._sequential is None else self._sequential.dataset
 
-    def fit_sequentially(self, model: ir.Model, dataset: Dataset) -> None:
+    def fit_sequentially(self, model: ir.Model, dataset: Dataset, *, whole: bool = False) -> None:
         """From now on `quantize_model` fits each node to the inputs that the nodes before it produce.
 
         Args:
             model: The tidied float model.
             dataset: Calibration inputs.
+            whole: They are the `fit_data` of another quantizer, all of which is used.
         """
         from raqu_onnx.sequential import SequentialQuantizer
 
         self._sequential = SequentialQuantizer(
-            model, self, dataset, samples=self.settings.fit_samples, threads=self.settings.threads
+            model, self, dataset, samples=self.settings.fit_samples, threads=self.settings.threads, whole=whole
         )
 
     def quantize_model(self, bits: Mapping[str, NodeBits]) -> dict[str, QuantizedNode]:

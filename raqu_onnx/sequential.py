@@ -58,6 +58,7 @@ class SequentialQuantizer:
         samples: Most samples to fit on, spread over the data; fewer where their activations would not fit into memory.
         threads: Threads for onnxruntime, None for all.
         memory_bytes: What activations may take.
+        whole: The dataset is what another one chose: take all of it.
 
     Attributes:
         dataset: The inputs that are fitted on.
@@ -72,6 +73,7 @@ class SequentialQuantizer:
         samples: int = 512,
         threads: int | None = None,
         memory_bytes: int = _MEMORY_BYTES,
+        whole: bool = False,
     ) -> None:
         self._quantizer = quantizer
         nodes = [source.node for source in quantizer.sources.values()]
@@ -79,7 +81,7 @@ class SequentialQuantizer:
         self._feeds, _ = _feeds(take(dataset, 1))
         alive, total = self._bytes_per_unit()
         units = min(-(-samples // dataset.unit), max(_FEWEST_SAMPLES, memory_bytes // (2 * max(1, alive))))
-        self.dataset = take(dataset, units * dataset.unit)
+        self.dataset = dataset if whole else take(dataset, units * dataset.unit)
         self._feeds, count = _feeds(self.dataset)
         self._shrinkage = default_shrinkage(max(1, count))
         units = min(units, -(-count // dataset.unit))

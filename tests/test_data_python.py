@@ -107,6 +107,15 @@ def test_take_stops_an_endless_stream_and_ends_with_a_short_one(tmp_path):
     assert sorted(i for side in split(short, 0.5, 0) for i in ids(side)) == list(range(10))
 
 
+def test_what_is_taken_of_a_stream_is_the_same_before_and_after_it_was_read(tmp_path):
+    dataset = open_dataset(f"{write(tmp_path, FEEDS)}:feeds", X)
+    before = take(dataset, 3)
+    assert len(ids(dataset)) == 10
+    after = take(dataset, 3)
+    assert ids(before) == ids(after) == [0, 1, 2]
+    assert before.digest == after.digest
+
+
 def test_a_split_of_a_view_of_a_stream_counts_the_view(tmp_path):
     dataset = open_dataset(f"{write(tmp_path, FEEDS)}:feeds", X)
     low, high = split(take(dataset, 6), 0.5, seed=0)

@@ -52,6 +52,17 @@ def test_sensitivity_is_measured_on_samples_from_all_over_the_data(small_net: An
     assert whole.quick_fidelity(bits) == part.quick_fidelity(bits) > 0
 
 
+@pytest.mark.parametrize("sizes", [[64, *[1] * 200], [64] * 5 + [4], [1] * 40, [7]])
+@pytest.mark.parametrize("samples", [1, 20, 256, 320, 1000])
+def test_batches_for_sensitivity_hold_as_many_samples_as_are_asked_for(sizes: list[int], samples: int) -> None:
+    batches = object.__new__(judge_module._Batches)
+    batches._sizes = sizes
+    places = batches.spread(samples)
+    held = sum(sizes[place] for place in places)
+    assert held >= samples or places == frozenset(range(len(sizes)))
+    assert held <= samples + 2 * max(sizes) or len(places) < 3 or held <= 1.5 * samples + max(sizes)
+
+
 def test_an_output_without_one_row_per_sample_is_compared_batch_by_batch(small_net: Any, small_data: Any) -> None:
     net = small_net()
     net.graph.node.append(helper.make_node("ReduceMean", ["logits"], ["mean"], "mean_of_all", keepdims=1))

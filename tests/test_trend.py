@@ -62,3 +62,12 @@ def test_candidates_that_yield_nothing_finite_do_not_count() -> None:
     fine = judged(0.001, 0.1)
     assert Trend(FLOAT, [broken, fine]).points(fine.score) == pytest.approx(0.1)
     assert not keeps_goal(Goal(max_accuracy_drop=0.25), [broken, fine], broken)
+
+
+def test_where_no_candidate_is_expected_to_meet_the_goal_their_own_figures_count() -> None:
+    goal = Goal(max_accuracy_drop=0.5)
+    worse, better = judged(0.010, 0.7, 20), judged(0.011, 0.4, 15)
+    trend = Trend(FLOAT, [worse, better])
+    assert not any(trend.keeps(goal, item) for item in (worse, better))
+    assert trend.meeting(goal, [worse, better]) == [better]
+    assert Trend(FLOAT, [worse]).meeting(goal, [worse]) == []

@@ -46,7 +46,7 @@ def print_front(search: SearchResult) -> None:
         f"the front: {more}points below float in {metric}, on the selection data; `--choose K --from DIR` writes "
         "another point"
     )
-    if search.goal.max_accuracy_drop is not None:
+    if search.goal.max_accuracy_drop is not None and search.goal.minimized is not None:
         out.print(
             "a point within the drop is passed over where candidates as far from float as it lose more on average: its "
             "own figure is luck"

@@ -33,19 +33,18 @@ class BestSoFar:
     def see(self, evaluation: Evaluation) -> None:
         """Compare one more candidate; what it tells of the others may make one of these the best."""
         self._seen.append(evaluation)
-        trend = Trend(self._reference, self._seen)
-        best = min(self._seen, key=lambda item: self._rank(trend, item))
+        meeting = Trend(self._reference, self._seen).meeting(self._goal, self._seen) if self._goal else self._seen
+        best = min(meeting or self._seen, key=lambda item: self._rank(item, met=bool(meeting)))
         if best is self._best:
             return
         self._best = best
         below = points_below(self._reference, best.score)
         crossbars = "1 crossbar" if best.crossbars == 1 else f"{best.crossbars} crossbars"
         side = "below" if below >= 0 else "above"
-        missed = "; the goal is not met yet" if self._rank(trend, best)[0] else ""
+        missed = "" if meeting else "; the goal is not met yet"
         self._progress(f"{BEST}{crossbars}, {abs(below):.2f} points {side} float{missed}", 0, 1)
 
-    def _rank(self, trend: Trend, evaluation: Evaluation) -> tuple[float, ...]:
-        """Smaller is better: what misses the goal last, by loss; else what is minimized, then loss."""
-        missed = bool(self._goal) and not trend.keeps(self._goal, evaluation)
-        minimized = None if missed else self._goal.minimized
-        return (float(missed), 0.0 if minimized is None else evaluation.value(minimized), evaluation.score.loss)
+    def _rank(self, evaluation: Evaluation, *, met: bool) -> tuple[float, float]:
+        """Smaller is better: what is minimized where the goal is met, then loss."""
+        minimized = self._goal.minimized if met else None
+        return 0.0 if minimized is None else evaluation.value(minimized), evaluation.score.loss

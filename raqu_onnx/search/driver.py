@@ -27,6 +27,7 @@ from raqu_onnx.search.result import (
 from raqu_onnx.search.sensitivity import Sensitivity, measure_sensitivity
 from raqu_onnx.search.stages import LayerStage, searched_activations
 from raqu_onnx.search.strategy import best_within, budget_of, least, require_reachable
+from raqu_onnx.search.trend import Trend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -270,7 +271,10 @@ def _narrow_activations(problem: Problem, sensitivity: Sensitivity, goal: Goal, 
         middle = (taken + reach + 1) // 2
         problem.progress("narrowing activations", taken, len(steps))
         trial = problem.evaluate(Bits(chosen.bits.weights, steps[middle - 1]), "narrower activations")
-        if points_below(problem.reference, trial.score) <= allowed + 1e-9:
+        # What the drops of others say of it may be no worse than what they say of the one chosen.
+        trend = Trend(problem.reference, problem.evaluations)
+        usual = max(allowed, trend.points(chosen.score))
+        if points_below(problem.reference, trial.score) <= allowed + 1e-9 and trend.points(trial.score) <= usual + 1e-9:
             best, taken = trial, middle
         else:
             reach = middle - 1

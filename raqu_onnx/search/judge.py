@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +73,8 @@ class Judge:
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self._quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
         places = self._batches.spread(self._samples)
-        batches = (batch for place, batch in enumerate(self._batches) if place in places)
+        reach = islice(self._batches, max(places, default=-1) + 1)
+        batches = (batch for place, batch in enumerate(reach) if place in places)
         found = self._reference.judge(self._simulator.stream(quantized, batches), places=places)
         return replace(found, measured=self.reference.measured).fidelity
 
@@ -108,8 +110,14 @@ class _Batches:
     def spread(self, samples: int) -> frozenset[int]:
         """Positions of batches with so many samples, or a few more, from all over the data: it may lie by classes."""
         total = len(self._sizes)
-        wanted = min(total, -(-samples // max(self._sizes, default=1)))
-        return frozenset((2 * place + 1) * total // (2 * wanted) for place in range(wanted))
+        places: frozenset[int] = frozenset()
+        wanted = -(-samples // max(self._sizes, default=1))
+        while len(places) < total and sum(self._sizes[place] for place in places) < samples:
+            wanted = min(wanted, total)
+            places = frozenset((2 * place + 1) * total // (2 * wanted) for place in range(wanted))
+            # Batches may be smaller than the largest one.
+            wanted += 1 + wanted // 4
+        return places
 
     def __iter__(self) -> Iterator[Batch]:
         if self._spool is None:

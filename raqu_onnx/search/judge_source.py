@@ -154,7 +154,7 @@ class JudgeSource:
             model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
         quantizer = ModelQuantizer(self.nodes, self.scheme, self.method, self.rules)
         if self.calibration is not None:
-            quantizer.fit_sequentially(model, self.calibration)
+            quantizer.fit_sequentially(model, self.calibration, whole=True)
         return Judge(model, quantizer, self.selection, self.settings)
 
 

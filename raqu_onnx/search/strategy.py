@@ -124,7 +124,7 @@ def _least_known(problem: Problem, goal: Goal, limits: Budget) -> Evaluation | N
     """The least of the objective, and of the loss there, among candidates that meet the goal; None where none does."""
     objective = goal.minimized or "crossbars"
     trend = Trend(problem.reference, problem.evaluations)
-    meeting = [e for e in _known(problem, limits) if trend.keeps(goal, e)]
+    meeting = trend.meeting(goal, _known(problem, limits))
     return min(meeting, key=lambda e: (e.value(objective), e.score.loss), default=None)
 
 
@@ -210,4 +210,5 @@ def _known(problem: Problem, budget: Budget) -> list[Evaluation]:
 
 
 def _meets(problem: Problem, goal: Goal, found: Evaluation) -> bool:
-    return Trend(problem.reference, problem.evaluations).keeps(goal, found)
+    meeting = Trend(problem.reference, problem.evaluations).meeting(goal, problem.evaluations)
+    return any(item.bits == found.bits for item in meeting)

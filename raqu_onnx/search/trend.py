@@ -51,3 +51,8 @@ class Trend:
         if not goal_is_met(goal, self._reference, found):
             return False
         return goal.max_accuracy_drop is None or self.points(found.score) <= goal.max_accuracy_drop + 1e-9
+
+    def meeting(self, goal: Goal, candidates: Sequence[Evaluation]) -> list[Evaluation]:
+        """Those candidates that keep a goal; where none does, those whose own figures meet it."""
+        kept = [item for item in candidates if self.keeps(goal, item)]
+        return kept or [item for item in candidates if goal_is_met(goal, self._reference, item)]
