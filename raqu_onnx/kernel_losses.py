@@ -30,6 +30,8 @@ __all__ = ["Follower", "NodeLosses", "grouped", "kernel_losses"]
 _RIDGE = 0.05
 # A node whose sensitivity drowns in noise is still not free: share of the largest one that it is given.
 _LEAST_SHARE = 1e-3
+# Share of what dropping all kernels would lose up to which what rounding loses is noise of the arithmetic.
+_EXACT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,30 @@ class _Rates:
         measured = {name: float(sensitivity[name][widths[name][0]]) for name in widths}
         least = _LEAST_SHARE * max(measured.values(), default=0.0) or 1.0
         self._loss = {name: max(loss, least) for name, loss in measured.items()}
+        self._own = self._per_error(dict.fromkeys(widths, 1.0))
+        self._seen = self._per_error({name: curves[name].gains for name in widths})
+
+    def _per_error(self, gains: Mapping[str, NDArray[np.float64] | float]) -> dict[str, float]:
+        """Loss over summed error of each node; where rounding loses nothing, what is usual among the others.
+
+        Weights that are ternary already have no error that a loss could be told by.
+        """
+        known = {}
+        for name, gain in gains.items():
+            errors = self._curves[name].errors
+            rounded, dropped = (float((errors[bits] * gain).sum()) for bits in (self._widths[name][0], 0))
+            if rounded > _EXACT * dropped:
+                known[name] = self._loss[name] / rounded
+        usual = float(np.median(list(known.values()))) if known else 1.0
+        return {name: known.get(name, usual) for name in gains}
 
     def seen(self, name: str) -> float:
         """Loss per squared error as the readers see it: in units of `errors * gains`."""
-        curve, low = self._curves[name], self._widths[name][0]
-        return self._loss[name] / max(float((curve.errors[low] * curve.gains).sum()), 1e-300)
+        return self._seen[name]
 
     def own(self, name: str) -> float:
         """Loss per squared error of the node's own output."""
-        curve, low = self._curves[name], self._widths[name][0]
-        return self._loss[name] / max(float(curve.errors[low].sum()), 1e-300)
+        return self._own[name]
 
     def table(self, name: str) -> NDArray[np.float64]:
         """Loss of every entry of the scale axis at every width, falling with the width, shape (channels, 9)."""

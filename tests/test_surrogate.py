@@ -64,3 +64,17 @@ def test_lies_keep_the_next_candidate_away_and_a_copy_keeps_them_to_itself() -> 
         lying.tell_lie(vector, 0.5)
     assert lying.ranked(vectors, predictions)[0] == 2
     assert surrogate.ranked(vectors, predictions)[2] == 2
+
+
+def test_what_costs_too_much_teaches_the_factor_and_is_no_rival() -> None:
+    """One candidate is certain to lose 0.9, one may lose anything about 1.3; only the latter may beat 0.6."""
+    rng = np.random.default_rng(0)
+    vectors, predictions = np.array([[0, 0], [9, 9]]), np.array([0.9, 1.3])
+    plain, wider = ResidualSurrogate(0), ResidualSurrogate(0)
+    for surrogate, rival in ((plain, True), (wider, False)):
+        for vector in rng.integers(-2, 3, (12, 2)).tolist():
+            surrogate.tell(vector, 1.0, 1.0)
+        for step, vector in enumerate(rng.integers(7, 12, (12, 2)).tolist()):
+            surrogate.tell(vector, 1.0, 0.4 if step % 2 else 1.6, rival=rival)
+    assert plain.ranked(vectors, predictions)[0] == 1
+    assert wider.ranked(vectors, predictions)[0] == 0

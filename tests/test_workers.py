@@ -337,7 +337,7 @@ def test_a_scheduler_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("Timed out trying to connect")
 
     monkeypatch.setattr(_DaskJudges, "_run", lost)
-    judges = _DaskJudges(client, None, 2, "judge")  # type: ignore[arg-type]
+    judges = _DaskJudges(client, None, 2, (), "judge")  # type: ignore[arg-type]
     found = judges.answers("quick", [Bits((2,), None), Bits((3,), None)], lambda: False)
     assert next(found) == (0, 0.5)
     with pytest.raises(WorkerError, match="the scheduler of the Dask cluster is gone; start it again"):
@@ -358,14 +358,17 @@ def test_a_judge_that_fails_is_no_worker_that_died() -> None:
 
 
 def test_a_worker_that_joins_late_must_run_the_same() -> None:
-    from raqu_onnx.search.dask_pool import _judge_there, _ours
+    from raqu_onnx.search.dask_pool import _environment, _judge_there, _ours
 
     source: Any = Slow()
     bits = Bits((3,), None)
-    assert _judge_there("late", source, _ours(), 1, "quick", bits) == (1, 3.0)
+    processor = _environment()["processor"]
+    assert _judge_there("late", source, _ours(), (processor,), 1, "quick", bits) == (1, 3.0)
     said = r"does not run what runs here: numpy is .* there and 1\.0 here; install the same releases"
     with pytest.raises(WorkerError, match=said):
-        _judge_there("later", source, {**_ours(), "numpy": "1.0"}, 1, "quick", bits)
+        _judge_there("later", source, {**_ours(), "numpy": "1.0"}, (processor,), 1, "quick", bits)
+    with pytest.raises(WorkerError, match=r"another kind of processor .* than those the search began with \(m68k\)"):
+        _judge_there("latest", source, _ours(), ("m68k",), 1, "quick", bits)
 
 
 def test_without_dask_it_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

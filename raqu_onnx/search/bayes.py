@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from raqu_onnx.search.budget import Cost
 from raqu_onnx.search.surrogate import ResidualSurrogate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from raqu_onnx.search.budget import Budget
     from raqu_onnx.search.problem import Problem
     from raqu_onnx.search.result import Bits, Evaluation
 
@@ -40,6 +42,10 @@ _TRIES = 8
 
 class Space(Protocol):
     """Vectors of integers that stand for candidates within one budget."""
+
+    @property
+    def budget(self) -> Budget:
+        """What candidates may cost."""
 
     @property
     def limits(self) -> list[tuple[int, int]]:
@@ -145,8 +151,11 @@ class TrustRegion:
             return
         if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
             return
-        self._surrogate.tell(vector, self.space.prediction(evaluation.bits), loss)
-        self._screen.tell(vector, 1.0, loss)
+        # Wider budgets teach how losses differ from their predictions, but their losses cannot be had in this one.
+        rival = self.space.budget.allows(evaluation.cost or Cost(evaluation.crossbars))
+        self._surrogate.tell(vector, self.space.prediction(evaluation.bits), loss, rival=rival)
+        if rival:
+            self._screen.tell(vector, 1.0, loss)
 
     def _ask(self, count: int) -> list[Bits]:
         """Candidates inside the budget that have not been judged, as many as can be found up to a number."""

@@ -110,7 +110,7 @@ class DaskPool:
 
     def judges(self, source: Callable[[Path | None], JudgeSource]) -> Judges:
         """Send workers what they are made of; they build it when they first judge."""
-        return _DaskJudges(self._client, source(None), self.workers, uuid4().hex)
+        return _DaskJudges(self._client, source(None), self.workers, self.processors, uuid4().hex)
 
 
 @dataclass
@@ -118,6 +118,7 @@ class _DaskJudges:
     client: Any
     source: JudgeSource
     workers: int
+    processors: tuple[str, ...]
     name: str
     _sent: Any = None
 
@@ -161,7 +162,7 @@ class _DaskJudges:
         def hand_out() -> None:
             if waiting and not until():
                 index, bits = waiting.pop()
-                call = (_judge_there, self.name, self._sent, ours, index, kind, bits)
+                call = (_judge_there, self.name, self._sent, ours, self.processors, index, kind, bits)
                 futures.append(self.client.submit(*call, pure=False))
                 running.add(futures[-1])
 
@@ -189,12 +190,18 @@ def _answer(future: Any) -> tuple[int, Answer]:
 
 
 def _judge_there(
-    name: str, source: JudgeSource, ours: Identity, index: int, kind: Kind, bits: Bits
+    name: str, source: JudgeSource, ours: Identity, processors: tuple[str, ...], index: int, kind: Kind, bits: Bits
 ) -> tuple[int, Answer]:
     def load() -> JudgeSource:
         # A worker that joined while the search was going on has not been asked yet.
         if wrong := _differences(ours, _ours()):
             raise WorkerError(f"a worker of the Dask cluster does not run what runs here: {wrong}; {_SAME}")
+        if (processor := environment()["processor"]) not in processors:
+            # The journal tells whoever resumes the search on which processors its answers were found.
+            raise WorkerError(
+                f"a worker of the Dask cluster joined on another kind of processor ({processor}) than those the search "
+                f"began with ({', '.join(processors)}); take it away, or start the search anew with it"
+            )
         return source
 
     return index, judge_in_worker(name, load, kind, bits)

@@ -267,9 +267,10 @@ class KernelStage:
         return self._known.get(bits)
 
     def prediction(self, bits: Bits) -> float:
-        """Sum of the losses of kernels, each alone and none weighed above another, and of the inputs of nodes."""
+        """What the widest widths lose, and what kernels and inputs of nodes lose beyond that, each alone."""
         widths = {name: np.array(own) for name, own in zip(self._problem.names, bits.weights, strict=True)}
-        return self._allocator.loss(widths, Taste()) + activation_loss(self._sensitivity, bits)
+        alone = self._allocator.loss(widths, Taste()) + activation_loss(self._sensitivity, bits)
+        return self._sensitivity.base + alone
 
     def _weights(self, bits: KernelBits) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(bits[name].tolist()) for name in self._problem.names)

@@ -31,10 +31,12 @@ class Sensitivity:
     Attributes:
         weights: Shape (nodes, 9); a width that was not measured has the loss of the next wider one that was.
         activations: Likewise, None where activations stay float.
+        base: Loss with all nodes at the widest, 0 where there was no time to measure it.
     """
 
     weights: NDArray[np.float64]
     activations: NDArray[np.float64] | None
+    base: float = 0.0
 
 
 def measure_sensitivity(problem: Problem) -> Sensitivity:
@@ -63,7 +65,8 @@ def measure_sensitivity(problem: Problem) -> Sensitivity:
         if table is not None:
             pairs = zip(jobs, losses, strict=True)
             _fill(table, [(node, bits, loss) for (node, bits, kind), loss in pairs if kind == is_weight], base)
-    return Sensitivity(_falling(weights), None if activations is None else _falling(activations))
+    floor = base if base is not None and np.isfinite(base) else 0.0
+    return Sensitivity(_falling(weights), None if activations is None else _falling(activations), floor)
 
 
 def _trial(widest: Bits, node: int, bits: int, is_weight: bool) -> Bits:

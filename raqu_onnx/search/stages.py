@@ -105,9 +105,9 @@ class LayerStage:
         return repaired(self._problem, self._sensitivity, allocate, activations, budget)
 
     def prediction(self, bits: Bits) -> float:
-        """Sum of the losses that nodes with one width each have alone, in their weights and in their inputs."""
+        """What the widest widths lose, and what each node loses beyond that alone, in its weights and in its input."""
         weights = (self._sensitivity.weights[node, width] for node, width in bits.by_node.items())
-        return sum(weights, start=0.0) + activation_loss(self._sensitivity, bits)
+        return sum(weights, start=self._sensitivity.base) + activation_loss(self._sensitivity, bits)
 
     def region(self, budget: Budget, incumbent: Evaluation) -> TrustRegion:
         """A search of widths around a candidate."""

@@ -66,17 +66,19 @@ class ResidualSurrogate:
         self._residuals: list[float] = []
         self._best = np.inf
 
-    def tell(self, vector: list[int], prediction: float, loss: float) -> None:
+    def tell(self, vector: list[int], prediction: float, loss: float, *, rival: bool = True) -> None:
         """Learn from a candidate that was judged.
 
         Args:
             vector: What stands for it.
             prediction: Loss that the additive model predicts for it.
             loss: Its loss.
+            rival: Whether it is one that others have to improve on; not so one that costs more than they may.
         """
         self._vectors.append(vector)
         self._residuals.append(_log(loss) - _log(prediction))
-        self._best = min(self._best, max(loss, _TINY))
+        if rival:
+            self._best = min(self._best, max(loss, _TINY))
 
     def tell_lie(self, vector: list[int], prediction: float) -> None:
         """Take a candidate that is being judged to turn out as well as the best known.
