@@ -152,7 +152,10 @@ class OptimizeConfig(BaseModel):
     )
     activation_range: RangeMethod = Field(QuantizerSettings.activation_range, description="how ranges are chosen")
     evaluations: int = Field(
-        SearchSettings.evaluations, ge=0, strict=True, description="candidates that the Bayesian stage judges"
+        SearchSettings.evaluations,
+        ge=0,
+        strict=True,
+        description="candidates that the Bayesian stage judges, those dismissed after a quarter of the data too",
     )
     sensitivity_samples: int = Field(
         SearchSettings.sensitivity_samples,

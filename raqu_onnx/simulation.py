@@ -16,7 +16,7 @@ from raqu_onnx.evaluation import gather, make_session, run_feeds
 from raqu_onnx.session_model import session_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -119,11 +119,16 @@ class Simulator:
         Raises:
             DataError: The model cannot be run on a batch.
         """
+        outputs = self.runner(quantized)
+        for batch in batches:
+            yield batch, outputs(batch)
+
+    def runner(self, quantized: Mapping[str, QuantizedNode]) -> Callable[[Batch], list[NDArray[Any]]]:
+        """What gives the outputs on a batch; it raises `DataError` where the model cannot be run on it."""
         operands: dict[str, Any] = {}
         for index, node in enumerate(self._nodes):
             operands.update(self._operands(index, quantized[node.name]))
-        for batch in batches:
-            yield batch, run_feeds(self._session, self._names, {**batch.feeds, **operands}, "data")
+        return lambda batch: run_feeds(self._session, self._names, {**batch.feeds, **operands}, "data")
 
     def _operands(self, index: int, quantized: QuantizedNode) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {f"{_PREFIX}_w{index}": quantized.weight()}

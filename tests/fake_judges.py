@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raqu_onnx.search.journal import Answer, Kind
     from raqu_onnx.search.judge import Judge
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.result import Bits
 
 
@@ -27,7 +27,7 @@ class Slow:
     def build(self) -> Any:
         return self
 
-    def answer(self, kind: Kind, bits: Bits) -> Answer:
-        assert kind == "quick"
+    def answer(self, question: Question, bits: Bits) -> Answer:
+        assert question.kind == "quick"
         time.sleep(0.3 if bits.weights[0] == 2 else 0.0)
         return float(str(bits.weights[0]))

@@ -23,6 +23,7 @@ from raqu_onnx.evaluation import Score
 from raqu_onnx.search import Bits
 from raqu_onnx.search.identity import differences
 from raqu_onnx.search.journal import JOURNAL_FILE, Journal, journal_lines, read_answers
+from raqu_onnx.search.questions import Verdict
 
 Cli = Callable[..., Any]
 
@@ -38,13 +39,14 @@ scores = st.builds(
     top1=st.none() | finite, agreement=st.none() | finite, kl=st.none() | finite,
     sqnr_db=st.none() | finite,
 )  # fmt: skip
+verdicts = st.builds(Verdict, finite, st.none() | scores)
 widths = st.integers(2, 8) | st.lists(st.integers(0, 8), min_size=1, max_size=5).map(tuple)
 candidates = st.builds(
     Bits, st.lists(widths, min_size=1, max_size=4).map(tuple), st.none() | st.lists(st.integers(2, 8)).map(tuple)
 )
 answers = st.dictionaries(
     st.tuples(st.sampled_from(["score", "quick"]), candidates), st.integers(0, 3), max_size=4
-).flatmap(lambda keys: st.fixed_dictionaries({key: scores if key[0] == "score" else finite for key in keys}))
+).flatmap(lambda keys: st.fixed_dictionaries({key: verdicts if key[0] == "score" else finite for key in keys}))
 
 
 @given(answers)
@@ -147,16 +149,18 @@ def test_removing_the_file_of_a_run_loses_nothing_and_touches_no_other_run(tmp_p
         found.put("quick", BITS, 0.5)
         path.unlink()
         path.write_bytes(b"of another run")
-        found.put("score", BITS, Score(3))
+        found.put("score", BITS, Verdict(0.25, Score(3)))
         found.finish(tmp_path)
     _, known = read_answers(tmp_path / JOURNAL_FILE)
-    assert known == {("quick", BITS): 0.5, ("score", BITS): Score(3)}
+    assert known == {("quick", BITS): 0.5, ("score", BITS): Verdict(0.25, Score(3))}
     assert path.read_bytes() == b"of another run"
 
 
 def test_a_journal_of_another_search_is_refused_and_kept(tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "out.journal.jsonl"
-    path.write_bytes(journal_lines({"model": "b" * 64, "threads": "1"}, {("score", BITS): Score(3, kl=math.inf)}))
+    path.write_bytes(
+        journal_lines({"model": "b" * 64, "threads": "1"}, {("score", BITS): Verdict(math.inf, Score(3, kl=math.inf))})
+    )
     before = path.read_bytes()
     with pytest.raises(OutputError, match=r"another search: model is another; threads was 1 and is 2; start anew with"):
         journal(out, resume=True)
@@ -180,16 +184,18 @@ def test_a_journal_of_another_search_is_refused_and_kept(tmp_path: Path) -> None
         b'{"kind":"quick","weights":[2],"activations":null,"value":1' + b"0" * 400 + b"}",
         b'{"kind":"quick","weights":[true],"activations":null,"value":1.0}',
         b'{"kind":"quick","weights":[2],"activations":[8.5],"value":1.0}',
-        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":"oops"}}',
-        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"kl":"0.5"}}',
-        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"measured":5}}',
-        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3,"other":5}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"glance":0.5,"samples":"oops"}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"glance":0.5,"samples":3,"kl":"0.5"}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"glance":0.5,"samples":3,"measured":5}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"glance":0.5,"samples":3,"other":5}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"samples":3}}',
+        b'{"kind":"score","weights":[2],"activations":null,"value":{"glance":"low"}}',
         b"[" * 200_000,
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_a_damaged_journal_is_refused(tmp_path: Path, line: bytes) -> None:
-    lines = journal_lines(IDENTITY, {("score", BITS): Score(3)}).splitlines()
+    lines = journal_lines(IDENTITY, {("score", BITS): Verdict(0.25, Score(3))}).splitlines()
     (tmp_path / "out.journal.jsonl").write_bytes(b"\n".join([lines[0], line, lines[1], b""]))
     with pytest.raises(OutputError, match="line 2 cannot be read, so the journal is damaged; start anew with --force"):
         journal(tmp_path / "out", resume=True)
@@ -347,7 +353,7 @@ def test_a_full_disk_stops_the_search_with_one_line(tmp_path: Path) -> None:
         found.begin(IDENTITY)
         stream = found._stream
         found._stream = Path("/dev/full").open("ab")  # noqa: SIM115
-        found.put("score", BITS, Score(1))
+        found.put("score", BITS, Verdict(0.5, Score(1)))
     assert stream is not None
     stream.close()
     assert os.path.lexists(tmp_path / "out.journal.jsonl")

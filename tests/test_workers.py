@@ -19,16 +19,17 @@ import joblib
 import numpy as np
 import pytest
 from fake_judges import Deadly, Slow
+from judging import judge_parts
 
-from raqu_onnx.data import Dataset, open_dataset, take
+from raqu_onnx.data import open_dataset, take
 from raqu_onnx.errors import WorkerError
-from raqu_onnx.search import Bits, SearchSettings
+from raqu_onnx.search import Bits
 from raqu_onnx.search.dask_pool import dask_pool
 from raqu_onnx.search.identity import environment
-from raqu_onnx.search.journal import Answer
 from raqu_onnx.search.judge import Judge
 from raqu_onnx.search.judge_source import HeldDataset, JudgeSource
 from raqu_onnx.search.pools import LocalPool, judge_in_worker
+from raqu_onnx.search.questions import QUICK, SCORE, Answer, Question
 
 Cli = Callable[..., Any]
 
@@ -57,22 +58,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, _small_files: dict[str, byte
 # ----------------------------------------------------------------------------------------------- judges that travel
 
 
-def judge_parts(net: Any, data: Any, **settings: Any) -> tuple[Any, Any, Dataset, SearchSettings]:
-    from raqu_onnx.model_io import load_model, model_inputs
-    from raqu_onnx.passes.annotate_tiling import AnnotateTilingPass
-    from raqu_onnx.passes.calibrate import CalibratePass
-    from raqu_onnx.passes.quantize_weights import build_quantizer
-    from raqu_onnx.passes.tidy import TidyPass
-    from raqu_onnx.quantizer import QuantizerSettings
-
-    model = TidyPass()(load_model(net)).model
-    AnnotateTilingPass()(model)
-    dataset = open_dataset(data, model_inputs(model))
-    CalibratePass(dataset, pairs=True, threads=1)(model)
-    quantizer = build_quantizer(model, "offset", QuantizerSettings("sequential", threads=1))
-    return model, quantizer, dataset, SearchSettings(threads=1, batch_size=16, sensitivity_samples=20, **settings)
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"batch": 4}, {"channels": 48}, {"depthwise": True}], ids=["plain", "batch", "large", "depthwise"]
 )
@@ -88,9 +73,9 @@ def test_a_judge_that_travelled_gives_the_same_floats(
     channels = options.get("channels", 8)
     mixed = Bits(((0,) + (3,) * (channels - 1), (8, 2) * (channels // 2), 4), (8, 6, 7))
     for bits in (Bits.uniform(3, 2, 8), mixed):
-        for kind in ("score", "quick"):
-            expected = here.answer(kind, bits)
-            assert mapped.answer(kind, bits) == sent.answer(kind, bits) == expected
+        for question in (SCORE, QUICK, Question("score", most=0.0)):
+            expected = here.answer(question, bits)
+            assert mapped.answer(question, bits) == sent.answer(question, bits) == expected
     assert mapped.reference == sent.reference == here.reference
 
 
@@ -199,16 +184,16 @@ def test_workers_end_with_the_run(workspace: Path, alone: dict[str, bytes], numb
 def test_workers_that_always_die_are_given_up(tmp_path: Path) -> None:
     judges = LocalPool(2, 1, tmp_path).judges(lambda _: Deadly())  # type: ignore[arg-type, return-value]
     with pytest.raises(WorkerError, match=r"workers died 3 times in a row while .*than 2 --workers"):
-        list(judges.answers("quick", [Bits((2,), None)], lambda: False))
+        list(judges.answers(QUICK, [Bits((2,), None)], lambda: False))
 
 
 def test_no_evaluation_is_begun_when_time_is_up(tmp_path: Path) -> None:
     judges = LocalPool(2, 1, tmp_path).judges(lambda _: Slow())  # type: ignore[arg-type, return-value]
     candidates = [Bits((width,), None) for width in range(2, 9)]
-    found = list(judges.answers("quick", candidates, lambda: False))
+    found = list(judges.answers(QUICK, candidates, lambda: False))
     assert sorted(found) == [(index, index + 2.0) for index in range(7)]
     assert found[0][0] != 0
-    assert list(judges.answers("quick", candidates, lambda: True)) == []
+    assert list(judges.answers(QUICK, candidates, lambda: True)) == []
 
 
 def test_a_process_keeps_the_judge_of_the_search_at_hand_only() -> None:
@@ -222,7 +207,7 @@ def test_a_process_keeps_the_judge_of_the_search_at_hand_only() -> None:
         return build
 
     for name in ("a", "a", "b", "b", "a"):
-        assert judge_in_worker(name, load(name), "quick", Bits((4,), None)) == 4.0
+        assert judge_in_worker(name, load(name), QUICK, Bits((4,), None)) == 4.0
     assert built == ["a", "b", "a"]
 
 
@@ -338,7 +323,7 @@ def test_a_scheduler_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(_DaskJudges, "_run", lost)
     judges = _DaskJudges(client, None, 2, (), "judge")  # type: ignore[arg-type]
-    found = judges.answers("quick", [Bits((2,), None), Bits((3,), None)], lambda: False)
+    found = judges.answers(QUICK, [Bits((2,), None), Bits((3,), None)], lambda: False)
     assert next(found) == (0, 0.5)
     with pytest.raises(WorkerError, match="the scheduler of the Dask cluster is gone; start it again"):
         next(found)
@@ -363,12 +348,12 @@ def test_a_worker_that_joins_late_must_run_the_same() -> None:
     source: Any = Slow()
     bits = Bits((3,), None)
     processor = _environment()["processor"]
-    assert _judge_there("late", source, _ours(), (processor,), 1, "quick", bits) == (1, 3.0)
+    assert _judge_there("late", source, _ours(), (processor,), 1, QUICK, bits) == (1, 3.0)
     said = r"does not run what runs here: numpy is .* there and 1\.0 here; install the same releases"
     with pytest.raises(WorkerError, match=said):
-        _judge_there("later", source, {**_ours(), "numpy": "1.0"}, (processor,), 1, "quick", bits)
+        _judge_there("later", source, {**_ours(), "numpy": "1.0"}, (processor,), 1, QUICK, bits)
     with pytest.raises(WorkerError, match=r"another kind of processor .* than those the search began with \(m68k\)"):
-        _judge_there("latest", source, _ours(), ("m68k",), 1, "quick", bits)
+        _judge_there("latest", source, _ours(), ("m68k",), 1, QUICK, bits)
 
 
 def test_without_dask_it_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

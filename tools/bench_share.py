@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raqu_onnx.error_curves import ErrorCurve
-    from raqu_onnx.search.journal import Answer, Kind
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits
 
@@ -76,12 +76,12 @@ class _Timed:
     watch: Stopwatch
 
     def answers(
-        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
     ) -> Iterator[tuple[int, Answer]]:
         """The answers as they come."""
-        found = iter(self.judges.answers(kind, candidates, until))
+        found = iter(self.judges.answers(question, candidates, until))
         while True:
-            with self.watch.on("sensitivities" if kind == "quick" else "candidates"):
+            with self.watch.on("sensitivities" if question.kind == "quick" else "candidates"):
                 answer = next(found, None)
             if answer is None:
                 return

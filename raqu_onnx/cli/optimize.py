@@ -202,7 +202,10 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "(default: mse)",
     )
     group.add_argument(
-        "--evaluations", type=int, metavar="N", help="candidates that the Bayesian stage judges (default: 24)"
+        "--evaluations",
+        type=int,
+        metavar="N",
+        help="candidates that the Bayesian stage judges, those dismissed after a quarter of the data too (default: 24)",
     )
     group.add_argument(
         "--sensitivity-samples",

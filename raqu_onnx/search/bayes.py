@@ -7,7 +7,7 @@ kernels of nodes are worth. Candidates are brought into the budget before they a
 They go through ever dearer judgements. Hundreds of vectors are screened by what was judged around them, which takes
 milliseconds; a few are brought into the budget and compared by what the additive model, which comes from a few images,
 predicts for them and by what it was seen to miss (`raqu_onnx.search.surrogate`); the most promising ones are quantized
-and run on the whole selection set.
+and run on a quarter of the selection set, and those that are not plainly worse there on all of it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Space", "TrustRegion"]
 
+# How far above the incumbent's a glance may lie for the candidate to be looked at further. Of 50 candidates near the
+# best starts of the bundled models (ResNet-20 at 11 crossbars, MobileNetV2 at 4; one calibration set) 13 were above it,
+# and their losses were 1.05 to 1.71 times the incumbent's; at 1.1 one with 0.93 would have been lost.
+_TOLERANCE = 1.25
 _FAILURES_TO_SHRINK = 4
 _LARGEST_RADIUS = 3
 # Vectors that are screened for each batch, and values that are moved in half of them, on average.
@@ -79,6 +83,7 @@ class TrustRegion:
     _bounds: list[tuple[int, int]] = field(default_factory=list)
     _asked: set[Bits] = field(default_factory=set)
     _left: list[Bits] = field(default_factory=list)
+    _dismissed: dict[Bits, float] = field(default_factory=dict)
     _restarts: int = 0
     _surrogate: ResidualSurrogate = field(init=False)
     _screen: ResidualSurrogate = field(init=False)
@@ -106,23 +111,39 @@ class TrustRegion:
             candidates = self._ask(min(most, self.problem.settings.batch))
         if not candidates:
             return 0
-        found = self.problem.evaluate_many(candidates, "bayesian search")
-        best = min(found, key=lambda e: e.score.loss)
-        if best.score.loss < self.incumbent.score.loss:
+        found = self.problem.evaluate_many(self._promising(candidates), "bayesian search")
+        best = min([self.incumbent, *found], key=lambda e: e.score.loss)
+        if best is not self.incumbent:
             self.incumbent = best
             self._failures = 0
             self._radius = min(self._radius + 1, _LARGEST_RADIUS)
             self._rebuild()
-            return len(found)
+            return len(candidates)
         # In the order in which they were asked for, whoever was judged first.
         for evaluation in found:
-            self._tell(evaluation)
-        self._failures += len(found)
+            self._tell_of(evaluation)
+        self._failures += len(candidates)
         if self._failures >= _FAILURES_TO_SHRINK:
             self._failures = 0
             self._radius = max(1, self._radius - 1)
             self._rebuild()
-        return len(found)
+        return len(candidates)
+
+    def _promising(self, candidates: list[Bits]) -> list[Bits]:
+        """Those that a glance at some of the images does not show to be worse than the incumbent.
+
+        The losses of the others are taken to be as much above the incumbent's as their glances are.
+        """
+        (own,) = self.problem.glances([self.incumbent.bits])
+        most = _TOLERANCE * own if 0 < own < math.inf else math.inf
+        found = []
+        for bits, glance in zip(candidates, self.problem.glances(candidates, most), strict=True):
+            if glance > most:
+                self._dismissed[bits] = self.incumbent.score.loss * glance / own
+                self._tell(bits, self._dismissed[bits], rival=True)
+            else:
+                found.append(bits)
+        return found
 
     def _rebuild(self) -> None:
         """A fresh surrogate around the incumbent, told everything that was judged inside its space."""
@@ -136,7 +157,9 @@ class TrustRegion:
         self._left = []
         self._surrogate, self._screen = ResidualSurrogate(seed), ResidualSurrogate(seed)
         for evaluation in self.problem.evaluations:
-            self._tell(evaluation)
+            self._tell_of(evaluation)
+        for bits, loss in self._dismissed.items():
+            self._tell(bits, loss, rival=True)
 
     def _centre(self) -> list[int]:
         centre = self.space.vector(self.incumbent.bits)
@@ -144,16 +167,19 @@ class TrustRegion:
             raise ValueError("the incumbent has no vector in the space that is searched")
         return centre
 
-    def _tell(self, evaluation: Evaluation) -> None:
-        vector, loss = self.space.vector(evaluation.bits), evaluation.score.loss
+    def _tell_of(self, evaluation: Evaluation) -> None:
+        # Wider budgets teach how losses differ from their predictions, but their losses cannot be had in this one.
+        rival = self.space.budget.allows(evaluation.cost or Cost(evaluation.crossbars))
+        self._tell(evaluation.bits, evaluation.score.loss, rival=rival)
+
+    def _tell(self, bits: Bits, loss: float, *, rival: bool) -> None:
+        vector = self.space.vector(bits)
         # A candidate that yields infinities or NaN is bad beyond what the surrogate can take.
         if vector is None or not math.isfinite(loss):
             return
         if any(not low <= v <= high for v, (low, high) in zip(vector, self._bounds, strict=True)):
             return
-        # Wider budgets teach how losses differ from their predictions, but their losses cannot be had in this one.
-        rival = self.space.budget.allows(evaluation.cost or Cost(evaluation.crossbars))
-        self._surrogate.tell(vector, self.space.prediction(evaluation.bits), loss, rival=rival)
+        self._surrogate.tell(vector, self.space.prediction(bits), loss, rival=rival)
         if rival:
             self._screen.tell(vector, 1.0, loss)
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from raqu_onnx.search.identity import Identity
-    from raqu_onnx.search.journal import Answer, Kind
     from raqu_onnx.search.judge_source import JudgeSource
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits
 
@@ -123,7 +123,7 @@ class _DaskJudges:
     _sent: Any = None
 
     def answers(
-        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
     ) -> Iterator[tuple[int, Answer]]:
         """The answers as they come.
 
@@ -135,7 +135,7 @@ class _DaskJudges:
         gone = (distributed.KilledWorker, distributed.CancelledError, asyncio.CancelledError, OSError, TimeoutError)
 
         def run(jobs: list[tuple[int, Bits]]) -> Iterator[tuple[int, Answer]]:
-            return self._run(kind, jobs, until)
+            return self._run(question, jobs, until)
 
         def wrong(deaths: int) -> WorkerError | None:
             # The last worker that held the source may have gone with it.
@@ -151,7 +151,9 @@ class _DaskJudges:
 
         return answers_despite_deaths(candidates, until, run, gone, wrong)
 
-    def _run(self, kind: Kind, jobs: list[tuple[int, Bits]], until: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
+    def _run(
+        self, question: Question, jobs: list[tuple[int, Bits]], until: Callable[[], bool]
+    ) -> Iterator[tuple[int, Answer]]:
         if self._sent is None:
             # One future for the source, which the scheduler keeps and workers fetch from each other.
             self._sent = self.client.scatter(self.source, broadcast=True, hash=False)
@@ -162,7 +164,7 @@ class _DaskJudges:
         def hand_out() -> None:
             if waiting and not until():
                 index, bits = waiting.pop()
-                call = (_judge_there, self.name, self._sent, ours, self.processors, index, kind, bits)
+                call = (_judge_there, self.name, self._sent, ours, self.processors, index, question, bits)
                 futures.append(self.client.submit(*call, pure=False))
                 running.add(futures[-1])
 
@@ -190,7 +192,13 @@ def _answer(future: Any) -> tuple[int, Answer]:
 
 
 def _judge_there(
-    name: str, source: JudgeSource, ours: Identity, processors: tuple[str, ...], index: int, kind: Kind, bits: Bits
+    name: str,
+    source: JudgeSource,
+    ours: Identity,
+    processors: tuple[str, ...],
+    index: int,
+    question: Question,
+    bits: Bits,
 ) -> tuple[int, Answer]:
     def load() -> JudgeSource:
         # A worker that joined while the search was going on has not been asked yet.
@@ -204,7 +212,7 @@ def _judge_there(
             )
         return source
 
-    return index, judge_in_worker(name, load, kind, bits)
+    return index, judge_in_worker(name, load, question, bits)
 
 
 def _differences(ours: Identity, theirs: Identity) -> str:

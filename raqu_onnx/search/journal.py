@@ -7,9 +7,11 @@ last line may be torn; it is judged again.
 
     {"journal": 1, "identity": {"raqu-onnx": "0.1.0 (...)", "model": "9f2c...", ...}}
     {"kind": "quick", "weights": [8, 2, 8], "activations": [8, 8, 8], "value": 0.0123}
-    {"kind": "score", "weights": ["88720", 4], "activations": [8, 8], "value": {"samples": 500, "kl": 0.0045, ...}}
+    {"kind": "score", "weights": ["88720", 4], "activations": [8, 8], "value": {"glance": 0.0047, "samples": 500, ...}}
+    {"kind": "score", "weights": ["22220", 4], "activations": [8, 8], "value": {"glance": 0.0193}}
 
-Weights are bits of a node, or one digit for every entry of its scale axis. Python writes floats so that reading gives
+Weights are bits of a node, or one digit for every entry of its scale axis. A score with nothing but a glance is that of
+a candidate which was not looked at further (`raqu_onnx.search.questions`). Python writes floats so that reading gives
 the same bits back.
 
 While a run lasts, its journal lies beside the result folder, `NAME.journal.jsonl`; the finished one is a file of the
@@ -24,12 +26,13 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from raqu_onnx.errors import CheckError, OutputError, RaquError, WorkerError
 from raqu_onnx.evaluation import Score
 from raqu_onnx.file_lock import lock_file
 from raqu_onnx.search.identity import differences
+from raqu_onnx.search.questions import Verdict
 from raqu_onnx.search.result import Bits
 
 if TYPE_CHECKING:
@@ -37,26 +40,22 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from raqu_onnx.search.identity import Identity
+    from raqu_onnx.search.questions import Answer, Kind
     from raqu_onnx.search.result import NodeWidth
 
-__all__ = ["JOURNAL_FILE", "Answer", "Journal", "Kind", "journal_lines", "read_answers"]
+__all__ = ["JOURNAL_FILE", "Journal", "journal_lines", "read_answers"]
 
 logger = logging.getLogger(__name__)
 
 #: Name of the finished journal in the result folder.
 JOURNAL_FILE = "journal.jsonl"
-_VERSION = 1
+_VERSION = 2
 # How often a file may vanish while it is opened.
 _MOST_TRIES = 100
 # What is no float in a score.
 _NO_FLOATS = ("samples", "measured")
 # In the result folder, where nothing can be written beside it.
 _INSIDE = ".raqu-journal.jsonl"
-
-Kind = Literal["score", "quick"]
-"""A score on the whole selection set, or a loss on the sensitivity samples."""
-
-Answer = Score | float
 
 
 class Journal:
@@ -348,8 +347,12 @@ def _entry(kind: Kind, bits: Bits, value: Answer) -> dict[str, Any]:
         "kind": kind,
         "weights": [_packed(width) for width in bits.weights],
         "activations": None if bits.activations is None else list(bits.activations),
-        "value": asdict(value) if isinstance(value, Score) else value,
+        "value": _written(value) if isinstance(value, Verdict) else value,
     }
+
+
+def _written(verdict: Verdict) -> dict[str, Any]:
+    return {"glance": verdict.glance, **({} if verdict.score is None else asdict(verdict.score))}
 
 
 def _packed(width: NodeWidth) -> int | str:
@@ -369,6 +372,11 @@ def _value(kind: str, value: Any) -> Answer:
         return _number(value)
     if kind != "score":
         raise ValueError(kind)
+    glance, others = _number(value["glance"]), {name: held for name, held in value.items() if name != "glance"}
+    return Verdict(glance, _score(others) if others else None)
+
+
+def _score(value: dict[str, Any]) -> Score:
     measured = value.get("measured")
     if measured is not None and not isinstance(measured, str):
         raise TypeError(measured)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,22 +13,26 @@ from raqu_onnx.annotations import NodeBits
 from raqu_onnx.data_base import Batch
 from raqu_onnx.evaluation import Reference, Score, make_session
 from raqu_onnx.metrics import parse_metric
+from raqu_onnx.search.questions import Verdict
 from raqu_onnx.session_model import session_model
 from raqu_onnx.simulation import Simulator
 from raqu_onnx.spool import Spool, SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.quantizer import ModelQuantizer
-    from raqu_onnx.search.journal import Answer, Kind
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.result import Bits, SearchSettings
 
 __all__ = ["Judge"]
+
+# A glance is at one out of so many samples.
+_GLANCE = 4
 
 
 class Judge:
@@ -59,23 +64,60 @@ class Judge:
             model, nodes, threads=settings.threads, float_activations=settings.activation_bits is None
         )
 
-    def answer(self, kind: Kind, bits: Bits) -> Answer:
-        """What a search asks, by its kind."""
-        return self.score(bits) if kind == "score" else self.quick_fidelity(bits)
+    def answer(self, question: Question, bits: Bits) -> Answer:
+        """What a search asks."""
+        return self.verdict(bits, question.most) if question.kind == "score" else self.quick_fidelity(bits)
 
     def score(self, bits: Bits) -> Score:
         """Score on the whole selection set, quantized as the emitted model would be."""
         quantized = self._quantizer.quantize_model(self._widths(bits))
         return self._reference.judge(self._simulator.stream(quantized, self._batches))
 
+    def verdict(self, bits: Bits, most: float = math.inf) -> Verdict:
+        """The same, after a glance at a quarter of the set.
+
+        Args:
+            bits: The candidate.
+            most: Glance above which the rest is not looked at.
+        """
+        outputs = self._simulator.runner(self._quantizer.quantize_model(self._widths(bits)))
+        places = self._batches.spread(-(-self._batches.samples // _GLANCE))
+        seen: Spool | None = Spool()
+
+        def first() -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
+            nonlocal seen
+            for batch in self._batches.at(places):
+                found = outputs(batch)
+                try:
+                    if seen is not None:
+                        seen.append([np.asarray(value) for value in found])
+                except SpoolError:
+                    # No room: these batches are run again.
+                    seen = None
+                yield batch, found
+
+        glance = self._fidelity(first(), places)
+        if glance > most:
+            return Verdict(glance, None)
+        known: Iterator[list[NDArray[Any]]] = iter(() if seen is None else seen)
+
+        def all_of_them() -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
+            for place, batch in enumerate(self._batches):
+                found = next(known, None) if place in places else None
+                yield batch, outputs(batch) if found is None else found
+
+        return Verdict(glance, self._reference.judge(all_of_them()))
+
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
         # Node by node, from memory: the sequential fit of every entry of a sensitivity table would take too long.
         quantized = {name: self._quantizer.quantize(name, width) for name, width in self._widths(bits).items()}
         places = self._batches.spread(self._samples)
-        reach = islice(self._batches, max(places, default=-1) + 1)
-        batches = (batch for place, batch in enumerate(reach) if place in places)
-        found = self._reference.judge(self._simulator.stream(quantized, batches), places=places)
+        return self._fidelity(self._simulator.stream(quantized, self._batches.at(places)), places)
+
+    def _fidelity(self, results: Iterable[tuple[Batch, list[NDArray[Any]]]], places: frozenset[int]) -> float:
+        """KL divergence (or noise over signal) on some batches."""
+        found = self._reference.judge(results, places=places)
         return replace(found, measured=self.reference.measured).fidelity
 
     def _widths(self, bits: Bits) -> dict[str, NodeBits]:
@@ -106,6 +148,16 @@ class _Batches:
                 # No room for a copy: the source is read each time.
                 spool = None
         self._spool = spool
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(self._sizes)
+
+    def at(self, places: frozenset[int]) -> Iterator[Batch]:
+        """The batches at some positions."""
+        reach = islice(self, max(places, default=-1) + 1)
+        return (batch for place, batch in enumerate(reach) if place in places)
 
     def spread(self, samples: int) -> frozenset[int]:
         """Positions of batches with so many samples, or a few more, from all over the data: it may lie by classes."""

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 from raqu_onnx.errors import WorkerError
 
 if TYPE_CHECKING:
-    from raqu_onnx.search.journal import Answer, Kind
     from raqu_onnx.search.judge import Judge
     from raqu_onnx.search.judge_source import JudgeSource
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits
 
@@ -130,7 +130,7 @@ class _LocalJudges:
     path: Path
 
     def answers(
-        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
     ) -> Iterator[tuple[int, Answer]]:
         """The answers as they come.
 
@@ -139,7 +139,7 @@ class _LocalJudges:
         """
 
         def run(jobs: list[tuple[int, Bits]]) -> Iterator[tuple[int, Answer]]:
-            return self._run(kind, jobs, until)
+            return self._run(question, jobs, until)
 
         def wrong(deaths: int) -> WorkerError | None:
             if deaths < MOST_DEATHS:
@@ -151,7 +151,9 @@ class _LocalJudges:
 
         return answers_despite_deaths(candidates, until, run, (BrokenProcessPool,), wrong)
 
-    def _run(self, kind: Kind, jobs: list[tuple[int, Bits]], until: Callable[[], bool]) -> Iterator[tuple[int, Answer]]:
+    def _run(
+        self, question: Question, jobs: list[tuple[int, Bits]], until: Callable[[], bool]
+    ) -> Iterator[tuple[int, Answer]]:
         from joblib import Parallel, delayed
 
         call = delayed(_judge_here)
@@ -160,7 +162,7 @@ class _LocalJudges:
             self.workers, backend="loky", return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
         )
         parent = os.getpid()
-        yield from parallel(call(self.path, parent, index, kind, bits) for index, bits in jobs if not until())
+        yield from parallel(call(self.path, parent, index, question, bits) for index, bits in jobs if not until())
 
 
 # --- in a worker ----------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ _lock = threading.Lock()
 _watching: list[threading.Thread] = []
 
 
-def _judge_here(path: Path, parent: int, index: int, kind: Kind, bits: Bits) -> tuple[int, Answer]:
+def _judge_here(path: Path, parent: int, index: int, question: Question, bits: Bits) -> tuple[int, Answer]:
     """Judge in a process of this machine."""
     _stay_quiet(parent)
 
@@ -181,16 +183,16 @@ def _judge_here(path: Path, parent: int, index: int, kind: Kind, bits: Bits) -> 
         source: JudgeSource = joblib.load(path, mmap_mode="r")
         return source
 
-    return index, judge_in_worker(str(path), load, kind, bits)
+    return index, judge_in_worker(str(path), load, question, bits)
 
 
-def judge_in_worker(name: str, load: Callable[[], JudgeSource], kind: Kind, bits: Bits) -> Answer:
+def judge_in_worker(name: str, load: Callable[[], JudgeSource], question: Question, bits: Bits) -> Answer:
     """Judge with the judge of this process, which is built when it is first asked for.
 
     Args:
         name: Stands for the judge.
         load: Gives what it is made of.
-        kind: What is asked.
+        question: What is asked.
         bits: The candidate.
     """
     # Loaded before the limit, which reaches only libraries that are in memory: scipy has a BLAS of its own.
@@ -203,7 +205,7 @@ def judge_in_worker(name: str, load: Callable[[], JudgeSource], kind: Kind, bits
             # Those of searches that are over.
             _judges.clear()
             _judges[name] = load().build()
-        return _judges[name].answer(kind, bits)
+        return _judges[name].answer(question, bits)
 
 
 def _stay_quiet(parent: int) -> None:

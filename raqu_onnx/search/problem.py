@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from raqu_onnx.placement import DoesNotFitError, count_crossbars, place
 from raqu_onnx.search.cell_prices import cell_shares
 from raqu_onnx.search.costs import CostModel
 from raqu_onnx.search.judge import Judge
+from raqu_onnx.search.questions import QUICK, SCORE, Question, Verdict
 from raqu_onnx.search.records import Records
 from raqu_onnx.search.result import Bits, Evaluation, NodeWidth
 from raqu_onnx.search.run import Clock, SearchRun
@@ -263,8 +265,19 @@ class Problem:
 
     def score_many(self, candidates: Sequence[Bits]) -> list[Score]:
         """Scores on the whole selection set."""
-        found = self._records.answers("score", candidates)
-        return [score for bits in candidates if isinstance(score := found[bits], Score)]
+        found = self._records.answers(SCORE, candidates)
+        answers = (found[bits] for bits in candidates)
+        return [item.score for item in answers if isinstance(item, Verdict) and item.score is not None]
+
+    def glances(self, candidates: Sequence[Bits], most: float = math.inf) -> list[float]:
+        """KL divergences (or noise over signal) on a quarter of the selection set.
+
+        Args:
+            candidates: The candidates.
+            most: Those up to here are judged on the whole set too, which is then known when they are evaluated.
+        """
+        found = self._records.answers(Question("score", most), candidates)
+        return [answer.glance for bits in candidates if isinstance(answer := found[bits], Verdict)]
 
     def judge_ahead(self, candidates: Sequence[Bits], what: str) -> None:
         """Judge candidates at the same time that will be evaluated one by one; nothing without workers.
@@ -276,13 +289,13 @@ class Problem:
         if self._workers > 1:
             total = len(candidates)
             self._records.answers(
-                "score", candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
+                SCORE, candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
             )
 
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
-        (found,) = self._records.answers("quick", [bits]).values()
-        return float(found) if isinstance(found, float) else found.loss
+        (found,) = self._records.answers(QUICK, [bits]).values()
+        return found.glance if isinstance(found, Verdict) else found
 
     def quick_many(self, candidates: Sequence[Bits], what: str) -> list[float | None]:
         """The same for many candidates.
@@ -297,7 +310,7 @@ class Problem:
         total = len(candidates)
         self.progress(what, 0, total)
         found = self._records.answers(
-            "quick", candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
+            QUICK, candidates, until=self.clock.is_over, told=lambda done: self.progress(what, done, total)
         )
         self.progress(what, total, total)
         self._records.keep_sensitivities()

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from raqu_onnx.search.disk_cache import DiskCache
-    from raqu_onnx.search.journal import Answer, Journal, Kind
+    from raqu_onnx.search.journal import Journal
+    from raqu_onnx.search.questions import Answer, Kind, Question
     from raqu_onnx.search.result import Bits
 
 __all__ = ["Judges", "Records"]
@@ -18,7 +19,7 @@ class Judges(Protocol):
     """Whoever judges: this process, or workers."""
 
     def answers(
-        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
     ) -> Iterator[tuple[int, Answer]]:
         """The answer to each candidate with its position, as they come; none is begun once `until` says so."""
 
@@ -51,7 +52,7 @@ class Records:
 
     def answers(
         self,
-        kind: Kind,
+        question: Question,
         candidates: Sequence[Bits],
         *,
         until: Callable[[], bool] = _never,
@@ -60,27 +61,29 @@ class Records:
         """The answers by candidate.
 
         Args:
-            kind: What is asked.
+            question: What is asked.
             candidates: The candidates.
             until: Once it says so, what is not known is not judged any more and is left out.
             told: Told after each new answer how many of the candidates have theirs.
         """
-        wanted = dict.fromkeys(candidates)
-        missing = [bits for bits in wanted if not self._knows(kind, bits)]
+        kind, wanted = question.kind, dict.fromkeys(candidates)
+        missing = [bits for bits in wanted if not question.is_answered_by(self._recall(kind, bits))]
         self._note_cached([bits for bits in wanted if bits in self._cached] if kind == "quick" else [])
-        for done, (index, value) in enumerate(self._judges.answers(kind, missing, until) if missing else (), 1):
+        for done, (index, value) in enumerate(self._judges.answers(question, missing, until) if missing else (), 1):
             self._known[kind, missing[index]] = value
             if self._journal is not None:
                 self._journal.put(kind, missing[index], value)
             told(len(wanted) - len(missing) + done)
-        return {bits: self._known[kind, bits] for bits in wanted if (kind, bits) in self._known}
+        found = {bits: self._known[kind, bits] for bits in wanted if (kind, bits) in self._known}
+        return {bits: answer for bits, answer in found.items() if question.is_answered_by(answer)}
 
-    def _knows(self, kind: Kind, bits: Bits) -> bool:
+    def _recall(self, kind: Kind, bits: Bits) -> Answer | None:
+        """What is known already."""
         if (kind, bits) not in self._known and self._journal is not None:
             found = self._journal.get(kind, bits)
             if found is not None:
                 self._known[kind, bits] = found
-        return (kind, bits) in self._known
+        return self._known.get((kind, bits))
 
     def _note_cached(self, candidates: Sequence[Bits]) -> None:
         """Write what the cache answers into the journal too, which is then the same with and without a cache."""

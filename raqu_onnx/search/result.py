@@ -142,7 +142,8 @@ class SearchSettings:
     Attributes:
         weight_bits: Smallest and largest weight width.
         activation_bits: Smallest and largest activation width, None to leave activations float.
-        evaluations: Candidates that the Bayesian stage may judge on the whole selection set.
+        evaluations: Candidates that the Bayesian stage may judge; those dismissed after a quarter of the selection set
+            count too.
         group: Kernels of a node that must have the same width; 1 for each its own, None for all.
         drop: Kernels may get 0 bits, where they need not all have the same width.
         sensitivity_samples: Samples on which the effect of each node alone is measured.

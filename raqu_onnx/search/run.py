@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
     from raqu_onnx.data import Dataset
     from raqu_onnx.quantizer import ModelQuantizer
-    from raqu_onnx.search.journal import Answer, Journal, Kind
+    from raqu_onnx.search.journal import Journal
     from raqu_onnx.search.judge import Judge
     from raqu_onnx.search.pools import Pool
+    from raqu_onnx.search.questions import Answer, Question
     from raqu_onnx.search.records import Judges
     from raqu_onnx.search.result import Bits, SearchResult, SearchSettings
 
@@ -100,10 +101,10 @@ class InProcess:
     judge: Judge
 
     def answers(
-        self, kind: Kind, candidates: Sequence[Bits], until: Callable[[], bool]
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
     ) -> Iterator[tuple[int, Answer]]:
         """The answers in the order of the candidates."""
         for index, bits in enumerate(candidates):
             if until():
                 return
-            yield index, self.judge.answer(kind, bits)
+            yield index, self.judge.answer(question, bits)

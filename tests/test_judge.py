@@ -1,0 +1,103 @@
+"""What a judge answers, and what of it need not be asked again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from judging import judge_parts
+
+from raqu_onnx.data import open_dataset
+from raqu_onnx.evaluation import Score
+from raqu_onnx.model_io import model_inputs
+from raqu_onnx.search import Bits
+from raqu_onnx.search import judge as judging_module
+from raqu_onnx.search.judge import Judge
+from raqu_onnx.search.questions import QUICK, SCORE, Answer, Question, Verdict
+from raqu_onnx.search.records import Records
+from raqu_onnx.spool import Spool, SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+BITS = Bits.uniform(3, 3, 8)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_glance_changes_no_float_of_a_score(
+    monkeypatch: pytest.MonkeyPatch, small_net: Any, small_data: Any, room: bool
+) -> None:
+    judge = Judge(*judge_parts(small_net(), small_data(150)))
+    plain = judge.score(BITS)
+    if not room:
+
+        class Full(Spool):
+            def append(self, arrays: Sequence[np.ndarray]) -> None:  # noqa: ARG002
+                raise SpoolError("no room")
+
+        monkeypatch.setattr(judging_module, "Spool", Full)
+    found = judge.verdict(BITS)
+    assert found.score == plain
+    assert found.glance > 0
+    assert judge.verdict(BITS, found.glance) == found
+    assert judge.verdict(BITS, np.nextafter(found.glance, 0)) == Verdict(found.glance, None)
+
+
+def test_a_glance_is_the_divergence_on_a_quarter_of_the_samples(small_net: Any, small_data: Any) -> None:
+    """Of ten batches three, from all over the data: the same images alone have the same divergence."""
+    data = small_data(160)
+    model, quantizer, everything, settings = judge_parts(small_net(), data)
+    chosen = np.concatenate([np.arange(16 * place, 16 * place + 16) for place in (1, 5, 8)])
+    some = open_dataset({name: array[chosen] for name, array in data.items()}, model_inputs(model))
+    glance = Judge(model, quantizer, everything, settings).verdict(BITS).glance
+    alone = Judge(model, quantizer, some, settings).score(BITS)
+    assert glance == pytest.approx(alone.fidelity, rel=1e-9)
+
+
+class Noted:
+    """Judges that note what they are asked; glances are a tenth of the first width."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Question, Bits]] = []
+
+    def answers(
+        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
+    ) -> Iterator[tuple[int, Answer]]:
+        for index, bits in enumerate(candidates):
+            if until():
+                return
+            self.asked.append((question, bits))
+            width = bits.weights[0]
+            assert isinstance(width, int)
+            glance = width / 10
+            yield (
+                index,
+                glance
+                if question.kind == "quick"
+                else Verdict(glance, None if glance > question.most else Score(4, kl=glance)),
+            )
+
+
+def test_what_a_glance_answers_is_not_asked_again() -> None:
+    low, high = Bits((2,), None), Bits((8,), None)
+    judges = Noted()
+    records = Records(judges)
+    some = Question("score", 0.5)
+    found = records.answers(some, [low, high])
+    assert found == {low: Verdict(0.2, Score(4, kl=0.2)), high: Verdict(0.8, None)}
+    assert records.answers(Question("score", 0.7), [high, low]) == found
+    assert records.answers(SCORE, [low]) == {low: found[low]}
+    assert judges.asked == [(some, low), (some, high)]
+    # A whole score is asked for where only a glance is known, and then known for good.
+    assert records.answers(SCORE, [high]) == {high: Verdict(0.8, Score(4, kl=0.8))}
+    assert records.answers(Question("score", 0.1), [high]) == {high: Verdict(0.8, Score(4, kl=0.8))}
+    assert records.answers(QUICK, [high]) == {high: 0.8}
+    assert judges.asked[2:] == [(SCORE, high), (QUICK, high)]
+
+
+def test_a_glance_is_no_score_where_time_is_up() -> None:
+    high = Bits((8,), None)
+    records = Records(Noted())
+    records.answers(Question("score", 0.5), [high])
+    assert records.answers(SCORE, [high], until=lambda: True) == {}

@@ -1,0 +1,100 @@
+"""The Bayesian stage over made-up candidates: two widths that stand for themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from raqu_onnx.evaluation import Score
+from raqu_onnx.search import Bits, SearchSettings
+from raqu_onnx.search.bayes import TrustRegion
+from raqu_onnx.search.budget import Budget
+from raqu_onnx.search.result import Evaluation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Space:
+    """Vectors of widths; the additive model expects nothing of any."""
+
+    budget = Budget()
+    limits = ((2, 8),) * 4
+
+    def vector(self, bits: Bits) -> list[int]:
+        return [width for width in bits.weights if isinstance(width, int)]
+
+    def candidate(self, vector: list[int]) -> Bits:
+        return Bits(tuple(vector), None)
+
+    def prediction(self, bits: Bits) -> float:  # noqa: ARG002
+        return 1.0
+
+
+class Problem:
+    """Scores and glances by formula."""
+
+    def __init__(self, loss: Callable[[Bits], float], glance: Callable[[Bits], float], **settings: Any) -> None:
+        self.settings = SearchSettings(**settings)
+        self.loss, self.glance = loss, glance
+        self.evaluations: list[Evaluation] = []
+        self.looked: list[Bits] = []
+
+    def glances(self, candidates: Sequence[Bits], most: float = np.inf) -> list[float]:  # noqa: ARG002
+        self.looked += [bits for bits in candidates if bits not in self.looked]
+        return [self.glance(bits) for bits in candidates]
+
+    def evaluate_many(self, candidates: Sequence[Bits], origin: str) -> list[Evaluation]:
+        found = [Evaluation(bits, 1, Score(4, kl=self.loss(bits)), origin) for bits in candidates]
+        self.evaluations += found
+        return found
+
+
+def loss(bits: Bits) -> float:
+    """Least at 5, 5, 5, 5."""
+    return 0.1 + sum((width - 5) ** 2 for width in bits.weights if isinstance(width, int))
+
+
+def region(problem: Problem) -> TrustRegion:
+    (start,) = problem.evaluate_many([Bits((2, 8, 2, 8), None)], "start")
+    return TrustRegion(problem, Space(), start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_finds_what_is_best_nearby(batch: int) -> None:
+    problem = Problem(loss, loss, batch=batch)
+    found = region(problem)
+    judged = 0
+    while judged < 90:
+        judged += found.step(90 - judged)
+    assert judged == 90
+    assert len(problem.looked) == 91
+    assert found.incumbent.score.loss == min(item.score.loss for item in problem.evaluations)
+    assert found.incumbent.score.loss < 3
+
+
+def test_what_a_glance_shows_to_be_worse_is_not_looked_at_further() -> None:
+    problem = Problem(loss, loss, batch=2)
+    found = region(problem)
+    judged = sum(found.step() for _ in range(20))
+    known = {item.bits for item in problem.evaluations}
+    dismissed = [bits for bits in problem.looked if bits not in known]
+    assert judged == 20
+    assert len(known) + len(dismissed) == 21
+    assert dismissed
+    best: float = np.inf
+    for bits in problem.looked:
+        # Nothing near the best so far was dismissed, nothing far above it was looked at.
+        assert (bits in dismissed) == (loss(bits) > 1.25 * best), bits
+        best = min(best, loss(bits))
+
+
+def test_a_glance_alone_makes_no_incumbent() -> None:
+    """Glances promise everything, and nothing is better than the start."""
+    problem = Problem(lambda bits: 1.0 if bits.weights == (2, 8, 2, 8) else 2.0, lambda _: 0.5)
+    found = region(problem)
+    assert sum(found.step() for _ in range(6)) == 6
+    assert len(problem.evaluations) == 7
+    assert found.incumbent.bits.weights == (2, 8, 2, 8)
