@@ -6,6 +6,7 @@ would have written had it chosen this point.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Final
 from pydantic import ValidationError
 
 from raqu_onnx.config import OptimizeConfig
-from raqu_onnx.errors import ConfigError, ManifestError
+from raqu_onnx.errors import ConfigError, ManifestError, OutputError
 from raqu_onnx.hardware import is_builtin_chip
 from raqu_onnx.manifest import read_manifest
 from raqu_onnx.points import read_baseline, read_point, read_score
 from raqu_onnx.report import Report
+from raqu_onnx.search.journal import JOURNAL_FILE
 from raqu_onnx.search.result import Goal, SearchResult, goal_is_met
 
 if TYPE_CHECKING:
@@ -135,6 +137,23 @@ class EarlierSearch:
                     f"{recorded.name}; give that one"
                 )
         return self._chosen(number or 0)
+
+    def copy_journal(self, folder: Path) -> None:
+        """Leave the search's journal in a folder too, so that the search can be gone on with from there.
+
+        Raises:
+            OutputError: It cannot be copied.
+        """
+        journal = self.folder / JOURNAL_FILE
+        if not journal.is_file():
+            return
+        try:
+            shutil.copyfile(journal, folder / JOURNAL_FILE)
+        except OSError as error:
+            raise OutputError(
+                f"{journal}: the journal of the search cannot be copied: {error.strerror}; make it readable, and free "
+                "some room"
+            ) from error
 
     def _chosen(self, number: int) -> SearchResult:
         front = tuple(read_point(item) for item in self.report.front)

@@ -137,7 +137,10 @@ def optimize(
             hardware = chip if isinstance(chip, Chip) else load_chip(chip or run_settings.hw)
             data = open_run_data(loaded, run_settings, calibration, selection, evaluation)
             digest = None if path is None else model_digest(path, loaded)
-            known = None if earlier is None else earlier.known(run_settings.choose, digest, hardware, data)
+            known = None
+            if earlier is not None:
+                known = earlier.known(run_settings.choose, digest, hardware, data)
+                earlier.copy_journal(staging)
             with open_pool(run_settings, staging.parent / "judging") as (run_settings, pool):
                 how = SearchRun(journal, run_settings.timeout, run_settings.cache, pool, known)
                 resources = Resources(hardware, data.calibration, data.selection, staging, digest, progress, how)

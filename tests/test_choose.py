@@ -74,6 +74,17 @@ def test_the_point_that_was_written_gives_the_same_files(cli: Cli, report: dict[
         assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
 
 
+def test_the_search_can_be_gone_on_with_from_a_chosen_point(cli: Cli, report: dict[str, Any]) -> None:
+    """In the search's own folder too, which is replaced."""
+    journal = Path("out/journal.jsonl").read_bytes()
+    other = 1 if report["chosen"] > 1 else 2
+    assert cli("optimize", "-o", "out", "--choose", other, "--from", "out", "--force").code == 0
+    assert Path("out/journal.jsonl").read_bytes() == journal
+    assert cli(*SEARCH, "-o", "out", "--resume", "--force").code == 0
+    assert json.loads(Path("out/report.json").read_text())["chosen"] == report["chosen"]
+    assert Path("out/journal.jsonl").read_bytes() == journal
+
+
 def test_the_page_says_that_a_point_was_chosen(cli: Cli, report: dict[str, Any]) -> None:
     assert len(report["front"]) > 1
     assert "earlier search" not in Path("out/report.html").read_text(encoding="utf-8")

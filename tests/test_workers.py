@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -246,21 +246,23 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     distributed = pytest.importorskip("distributed")
-    monkeypatch.chdir(tmp_path_factory.mktemp("cluster"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
-    scheduler = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    found = Cluster(f"tcp://127.0.0.1:{port}", [])
+    folder = tmp_path_factory.mktemp("cluster")
+    monkeypatch.chdir(folder)
+    workers: list[subprocess.Popen[bytes]] = []
+    told = folder / "scheduler.json"
+    where = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(told)]
+    scheduler = subprocess.Popen([sys.executable, "-m", "dask", "scheduler", *where], stderr=subprocess.DEVNULL)
     try:
+        # Written in place: a torn file has no end yet.
+        until(lambda: told.is_file() and told.read_text().rstrip().endswith("}"))
+        found = Cluster(json.loads(told.read_text())["address"], workers)
         for _ in range(2):
             found.add()
         with distributed.Client(found.address, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=60)
         yield found
     finally:
-        for process in (*found.workers, scheduler):
+        for process in (*workers, scheduler):
             process.kill()
             process.wait()
 
