@@ -244,14 +244,18 @@ class Reference:
         return Measure(self._metric, self._names, index, self._where)
 
     def judge(
-        self, results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]], *, places: Collection[int] | None = None
+        self,
+        results: Iterable[tuple[Batch, Sequence[NDArray[Any]]]],
+        *,
+        places: Collection[int] | None = None,
+        measured: bool = True,
     ) -> Score:
         """Score what another model says on the same batches, or on some of them.
 
         Args:
             results: Each batch with the outputs, in the order of the dataset.
-            places: Which batches these are, None for all; of some nothing but fidelity is asked, and no metric is
-                measured.
+            places: Which batches these are, None for all.
+            measured: Whether the metric is measured too.
 
         Raises:
             DataError: There are no batches, they cannot be run, or the metric cannot be measured.
@@ -263,7 +267,7 @@ class Reference:
         for (batch, values), expected in zip(results, kept, strict=False):
             outputs = [np.atleast_1d(np.asarray(values[index])) for index in self._picked or ()]
             scorer.add(outputs, batch.size, batch.labels, expected)
-            if places is None:
+            if measured:
                 measure.add(values, batch.size, batch.labels)
         found = scorer.result()
-        return measure.on(found) if places is None else found
+        return measure.on(found) if measured else found

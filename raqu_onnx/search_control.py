@@ -100,8 +100,8 @@ def search_warnings(found: SearchResult | None, run: SearchRun) -> list[str]:
     if found is not None and found.timed_out:
         done = len(found.evaluations)
         warnings.append(
-            f"the search came to its end after {run.timeout:g} seconds with {done} candidates judged; the same command "
-            "with --resume --force and more time goes on"
+            f"the search came to its end after {run.timeout:g} seconds with {done} candidates judged in full; the same "
+            "command with --resume --force and more time goes on"
         )
     if run.pool is not None and len(run.pool.processors) > 1:
         kinds = ", ".join(run.pool.processors)

@@ -20,39 +20,68 @@ from raqu_onnx.spool import Spool, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 BITS = Bits.uniform(3, 3, 8)
 
 
-@pytest.mark.parametrize("room", [True, False])
+@pytest.fixture
+def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Glances at small sets too."""
+    monkeypatch.setattr(judging_module, "_FEWEST_GLANCED", 1)
+
+
+@pytest.mark.usefixtures("quarters")
+@pytest.mark.parametrize("room", [0, 1, 9])
 def test_a_glance_changes_no_float_of_a_score(
-    monkeypatch: pytest.MonkeyPatch, small_net: Any, small_data: Any, room: bool
+    monkeypatch: pytest.MonkeyPatch, small_net: Any, small_data: Any, room: int
 ) -> None:
     judge = Judge(*judge_parts(small_net(), small_data(150)))
     plain = judge.score(BITS)
-    if not room:
 
-        class Full(Spool):
-            def append(self, arrays: Sequence[np.ndarray]) -> None:  # noqa: ARG002
+    class Small(Spool):
+        def append(self, arrays: Sequence[np.ndarray]) -> None:
+            if len(self) == room:
                 raise SpoolError("no room")
+            super().append(arrays)
 
-        monkeypatch.setattr(judging_module, "Spool", Full)
+    monkeypatch.setattr(judging_module, "Spool", Small)
     found = judge.verdict(BITS)
     assert found.score == plain
-    assert found.glance > 0
+    assert found.glance not in (0, plain.loss)
     assert judge.verdict(BITS, found.glance) == found
     assert judge.verdict(BITS, np.nextafter(found.glance, 0)) == Verdict(found.glance, None)
 
 
-def test_a_glance_is_the_divergence_on_a_quarter_of_the_samples(small_net: Any, small_data: Any) -> None:
-    """Of ten batches three, from all over the data: the same images alone have the same divergence."""
+@pytest.mark.usefixtures("quarters")
+@pytest.mark.parametrize("metric", ["auto", "top1", "kl", "agreement"])
+def test_a_glance_is_the_loss_on_a_quarter_of_the_samples(small_net: Any, small_data: Any, metric: str) -> None:
+    """Of ten batches three, from all over the data: the same samples alone have the same loss."""
     data = small_data(160)
-    model, quantizer, everything, settings = judge_parts(small_net(), data)
+    model, quantizer, everything, settings = judge_parts(small_net(), data, metric=metric)
     chosen = np.concatenate([np.arange(16 * place, 16 * place + 16) for place in (1, 5, 8)])
     some = open_dataset({name: array[chosen] for name, array in data.items()}, model_inputs(model))
     glance = Judge(model, quantizer, everything, settings).verdict(BITS).glance
     alone = Judge(model, quantizer, some, settings).score(BITS)
-    assert glance == pytest.approx(alone.fidelity, rel=1e-9)
+    assert glance == pytest.approx(alone.loss, rel=1e-9)
+
+
+def test_small_data_is_looked_at_as_a_whole(small_net: Any, small_data: Any) -> None:
+    found = Judge(*judge_parts(small_net(), small_data(150))).verdict(BITS, most=0.0)
+    assert found.score is not None
+    assert found.glance == found.score.loss
+
+
+@pytest.mark.usefixtures("quarters")
+def test_a_function_of_the_user_sees_all_of_the_data(small_net: Any, small_data: Any, tmp_path: Path) -> None:
+    """It may not be made for some of it."""
+    path = tmp_path / "mine.py"
+    path.write_text("def metric(outputs, labels):\n    assert len(labels) == 150\n    return 1.0\n")
+    judge = Judge(*judge_parts(small_net(), small_data(150), metric=f"{path}:metric"))
+    found = judge.verdict(BITS, most=0.0)
+    assert found.score == judge.score(BITS)
+    assert found.score is not None
+    assert found.glance == found.score.loss
 
 
 class Noted:

@@ -108,7 +108,7 @@ class FakeProblem:
         assert what
 
     def glances(self, candidates: list[Bits], most: float = math.inf) -> list[float]:  # noqa: ARG002
-        self.glanced += [self.score(bits).fidelity for bits in candidates]
+        self.glanced += [self.score(bits).loss for bits in candidates]
         return self.glanced[len(self.glanced) - len(candidates) :]
 
     def evaluate_many(self, candidates: list[Bits], origin: str) -> list[Evaluation]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
 
 from raqu_onnx.evaluation import Score
-from raqu_onnx.search import Bits, SearchSettings
+from raqu_onnx.search import Bits, SearchSettings, bayes
 from raqu_onnx.search.bayes import TrustRegion
-from raqu_onnx.search.budget import Budget
+from raqu_onnx.search.budget import Budget, Cost
 from raqu_onnx.search.result import Evaluation
+from raqu_onnx.search.surrogate import ResidualSurrogate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,14 +41,20 @@ class Problem:
         self.settings = SearchSettings(**settings)
         self.loss, self.glance = loss, glance
         self.evaluations: list[Evaluation] = []
+        self.reference = Score(4, kl=0.0)
         self.looked: list[Bits] = []
+        self.crossbars: Callable[[Bits], int] = lambda _: 1
+        self.score: Callable[[Bits], Score] = lambda bits: Score(4, kl=self.loss(bits))
 
     def glances(self, candidates: Sequence[Bits], most: float = np.inf) -> list[float]:  # noqa: ARG002
         self.looked += [bits for bits in candidates if bits not in self.looked]
         return [self.glance(bits) for bits in candidates]
 
+    def measure(self, bits: Bits) -> Cost:
+        return Cost(self.crossbars(bits))
+
     def evaluate_many(self, candidates: Sequence[Bits], origin: str) -> list[Evaluation]:
-        found = [Evaluation(bits, 1, Score(4, kl=self.loss(bits)), origin) for bits in candidates]
+        found = [Evaluation(bits, self.crossbars(bits), self.score(bits), origin) for bits in candidates]
         self.evaluations += found
         return found
 
@@ -98,3 +105,71 @@ def test_a_glance_alone_makes_no_incumbent() -> None:
     assert sum(found.step() for _ in range(6)) == 6
     assert len(problem.evaluations) == 7
     assert found.incumbent.bits.weights == (2, 8, 2, 8)
+
+
+def test_what_is_cheaper_is_looked_at_whatever_a_glance_says() -> None:
+    """It may be on the Pareto front."""
+    start = (2, 8, 2, 8)
+    problem = Problem(*[lambda bits: 1.0 if bits.weights == start else 9.0] * 2)
+    problem.crossbars = lambda bits: 8 if bits.weights == start else 7
+    found = region(problem)
+    assert sum(found.step() for _ in range(6)) == 6
+    assert len(problem.evaluations) == 7
+    assert found.incumbent.bits.weights == start
+
+
+class Listening(ResidualSurrogate):
+    """Notes what every surrogate is told."""
+
+    told: ClassVar[list[tuple[list[int], float, bool]]] = []
+
+    def tell(self, vector: list[int], prediction: float, loss: float, *, rival: bool = True) -> None:
+        self.told.append((vector, loss, rival))
+        super().tell(vector, prediction, loss, rival=rival)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], float, bool]]:
+    monkeypatch.setattr(Listening, "told", [])
+    monkeypatch.setattr(bayes, "ResidualSurrogate", Listening)
+    return Listening.told
+
+
+def test_the_surrogate_hears_of_those_that_are_dismissed(told: list[tuple[list[int], float, bool]]) -> None:
+    """With a metric in percent, losses are below 0."""
+
+    def score(bits: Bits) -> Score:
+        return Score(4, kl=loss(bits), measured="percent", value=9000.0)
+
+    problem = Problem(loss, lambda bits: score(bits).loss)
+    problem.score = score
+    problem.reference = Score(4, kl=0.0, measured="percent", value=9005.0)
+    found = region(problem)
+    for _ in range(8):
+        found.step()
+    assert found.incumbent.score.loss < 0
+    known = {item.bits for item in problem.evaluations}
+    dismissed = [bits for bits in problem.looked if bits not in known]
+    assert dismissed
+    # How far it is above the float model; whatever comes after a rebuild hears of it again.
+    for bits in dismissed:
+        heard = [value for vector, value, rival in told if tuple(vector) == bits.weights and rival]
+        assert any(value == pytest.approx(loss(bits) + 0.5) for value in heard)
+    before = len(told)
+    found._radius = 8
+    found._rebuild()
+    assert {tuple(vector) for vector, *_ in told[before:]} == {bits.weights for bits in (*known, *dismissed)}
+
+
+def test_losses_of_wider_budgets_are_no_rivals(told: list[tuple[list[int], float, bool]]) -> None:
+    problem = Problem(loss, loss)
+    problem.crossbars = lambda bits: sum(width for width in bits.weights if isinstance(width, int))
+    problem.evaluate_many([Bits((3, 8, 2, 8), None)], "a wider budget")
+    (start,) = problem.evaluate_many([Bits((2, 8, 2, 8), None)], "start")
+    space = Space()
+    space.budget = Budget(crossbars=20)
+    TrustRegion(problem, space, start)  # type: ignore[arg-type]
+    # What the others are screened by hears nothing of it.
+    assert [(vector, rival) for vector, _, rival in told] == [
+        ([3, 8, 2, 8], False), ([2, 8, 2, 8], True), ([2, 8, 2, 8], True),
+    ]  # fmt: skip

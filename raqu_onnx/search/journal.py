@@ -5,7 +5,7 @@ what was judged already. The file is JSON, one line for each answer, which is on
 first line says what the answers depend on (`raqu_onnx.search.identity`). Of a run that is killed while it writes, the
 last line may be torn; it is judged again.
 
-    {"journal": 1, "identity": {"raqu-onnx": "0.1.0 (...)", "model": "9f2c...", ...}}
+    {"journal": 2, "identity": {"raqu-onnx": "0.1.0 (...)", "model": "9f2c...", ...}}
     {"kind": "quick", "weights": [8, 2, 8], "activations": [8, 8, 8], "value": 0.0123}
     {"kind": "score", "weights": ["88720", 4], "activations": [8, 8], "value": {"glance": 0.0047, "samples": 500, ...}}
     {"kind": "score", "weights": ["22220", 4], "activations": [8, 8], "value": {"glance": 0.0193}}

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Judge"]
 
-# A glance is at one out of so many samples.
-_GLANCE = 4
+# A glance is at one out of so many samples, and at no fewer than that: less says little, and takes no time anyway.
+_GLANCED = 4
+_FEWEST_GLANCED = 256
 
 
 class Judge:
@@ -54,10 +55,13 @@ class Judge:
         self._quantizer = quantizer
         self._samples = settings.sensitivity_samples
         self._batches = _Batches(selection, settings.batch_size)
+        metric = parse_metric(settings.metric)
+        samples = max(_FEWEST_GLANCED, -(-self._batches.samples // _GLANCED))
+        places = self._batches.spread(samples)
+        # A user's function may not be made for some of the data.
+        self._glanced = frozenset[int]() if metric.kind == "function" or len(places) == len(self._batches) else places
         session = make_session(session_model(model), threads=settings.threads)
-        self._reference = Reference(
-            session, selection, settings.batch_size, settings.task, parse_metric(settings.metric)
-        )
+        self._reference = Reference(session, selection, settings.batch_size, settings.task, metric)
         self.reference = self._reference.score
         nodes = [source.node for source in quantizer.sources.values()]
         self._simulator = Simulator(
@@ -74,39 +78,36 @@ class Judge:
         return self._reference.judge(self._simulator.stream(quantized, self._batches))
 
     def verdict(self, bits: Bits, most: float = math.inf) -> Verdict:
-        """The same, after a glance at a quarter of the set.
+        """The same, after a glance at some of the set where it is large.
 
         Args:
             bits: The candidate.
-            most: Glance above which the rest is not looked at.
+            most: Loss at a glance above which the rest is not looked at.
         """
         outputs = self._simulator.runner(self._quantizer.quantize_model(self._widths(bits)))
-        places = self._batches.spread(-(-self._batches.samples // _GLANCE))
-        seen: Spool | None = Spool()
+        kept = Spool() if self._glanced else None
 
         def first() -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
-            nonlocal seen
-            for batch in self._batches.at(places):
+            nonlocal kept
+            for batch in self._batches.at(self._glanced):
                 found = outputs(batch)
-                try:
-                    if seen is not None:
-                        seen.append([np.asarray(value) for value in found])
-                except SpoolError:
-                    # No room: these batches are run again.
-                    seen = None
+                kept = None if kept is None else _with(kept, found)
                 yield batch, found
 
-        glance = self._fidelity(first(), places)
-        if glance > most:
-            return Verdict(glance, None)
-        known: Iterator[list[NDArray[Any]]] = iter(() if seen is None else seen)
+        glance = None
+        if self._glanced:
+            glance = self._reference.judge(first(), places=self._glanced).loss
+            if glance > most:
+                return Verdict(glance, None)
+        known: Iterator[list[NDArray[Any]]] = iter(() if kept is None else kept)
 
         def all_of_them() -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
             for place, batch in enumerate(self._batches):
-                found = next(known, None) if place in places else None
+                found = next(known, None) if place in self._glanced else None
                 yield batch, outputs(batch) if found is None else found
 
-        return Verdict(glance, self._reference.judge(all_of_them()))
+        score = self._reference.judge(all_of_them())
+        return Verdict(score.loss if glance is None else glance, score)
 
     def quick_fidelity(self, bits: Bits) -> float:
         """KL divergence (or noise over signal) on the sensitivity samples, which is smooth in every width."""
@@ -117,7 +118,7 @@ class Judge:
 
     def _fidelity(self, results: Iterable[tuple[Batch, list[NDArray[Any]]]], places: frozenset[int]) -> float:
         """KL divergence (or noise over signal) on some batches."""
-        found = self._reference.judge(results, places=places)
+        found = self._reference.judge(results, places=places, measured=False)
         return replace(found, measured=self.reference.measured).fidelity
 
     def _widths(self, bits: Bits) -> dict[str, NodeBits]:
@@ -149,9 +150,12 @@ class _Batches:
                 spool = None
         self._spool = spool
 
+    def __len__(self) -> int:
+        return len(self._sizes)
+
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """How many samples there are."""
         return sum(self._sizes)
 
     def at(self, places: frozenset[int]) -> Iterator[Batch]:
@@ -177,3 +181,15 @@ class _Batches:
             return
         for labels, arrays in zip(self._labels, self._spool, strict=True):
             yield Batch(dict(zip(self._names, arrays, strict=True)), labels)
+
+
+def _with(spool: Spool, outputs: list[NDArray[Any]]) -> Spool | None:
+    """The spool with outputs added; None where it has no room for them, or they are no plain numbers."""
+    arrays = [np.asarray(value) for value in outputs]
+    if any(array.dtype.hasobject for array in arrays):
+        return None
+    try:
+        spool.append(arrays)
+    except SpoolError:
+        return None
+    return spool

@@ -83,6 +83,11 @@ class KernelStage:
         self._caps: dict[Bits, float] = {}
         self._alone: dict[tuple[str, bytes, bytes], int] = {}
         self._allocator = self._make_allocator(sensitivity)
+        # What kernels lose at the widest widths is in the base of the sensitivities already.
+        widest = zip(problem.nodes, kernel_widths(problem), strict=True)
+        self._least = self._allocator.loss(
+            {node.name: np.full(node.layout.channels, widths[-1]) for node, widths in widest}, Taste()
+        )
         # From no dropping to ever more.
         self._droppings = [_NO_DROP, *(_DROP_STARTS if problem.settings.drops else ())]
         self._best: _Start | None = None
@@ -269,8 +274,8 @@ class KernelStage:
     def prediction(self, bits: Bits) -> float:
         """What the widest widths lose, and what kernels and inputs of nodes lose beyond that, each alone."""
         widths = {name: np.array(own) for name, own in zip(self._problem.names, bits.weights, strict=True)}
-        alone = self._allocator.loss(widths, Taste()) + activation_loss(self._sensitivity, bits)
-        return self._sensitivity.base + alone
+        alone = self._allocator.loss(widths, Taste()) - self._least
+        return self._sensitivity.base + max(0.0, alone) + activation_loss(self._sensitivity, bits)
 
     def _weights(self, bits: KernelBits) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(bits[name].tolist()) for name in self._problem.names)

@@ -270,7 +270,7 @@ class Problem:
         return [item.score for item in answers if isinstance(item, Verdict) and item.score is not None]
 
     def glances(self, candidates: Sequence[Bits], most: float = math.inf) -> list[float]:
-        """KL divergences (or noise over signal) on a quarter of the selection set.
+        """Losses on a quarter of the selection set.
 
         Args:
             candidates: The candidates.

@@ -20,7 +20,7 @@ class Verdict:
     """What a candidate is worth, quantized as it would be emitted.
 
     Attributes:
-        glance: KL divergence (or noise over signal) on a quarter of the selection set, which is looked at first.
+        glance: Loss on a quarter of the selection set, which is looked at first; on all of it where it is small.
         score: Score on all of it; None where the glance was enough.
     """
 
