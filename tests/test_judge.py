@@ -48,6 +48,7 @@ def test_a_glance_changes_no_float_of_a_score(
     monkeypatch.setattr(judging_module, "Spool", Small)
     found = judge.verdict(BITS)
     assert found.score == plain
+    assert judge.glances_first
     assert found.glance not in (0, plain.loss)
     assert judge.verdict(BITS, found.glance) == found
     assert judge.verdict(BITS, np.nextafter(found.glance, 0)) == Verdict(found.glance, None)
@@ -67,9 +68,11 @@ def test_a_glance_is_the_loss_on_a_quarter_of_the_samples(small_net: Any, small_
 
 
 def test_small_data_is_looked_at_as_a_whole(small_net: Any, small_data: Any) -> None:
-    found = Judge(*judge_parts(small_net(), small_data(150))).verdict(BITS, most=0.0)
+    judge = Judge(*judge_parts(small_net(), small_data(150)))
+    found = judge.verdict(BITS, most=0.0)
     assert found.score is not None
     assert found.glance == found.score.loss
+    assert not judge.glances_first
 
 
 @pytest.mark.usefixtures("quarters")

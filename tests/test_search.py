@@ -43,6 +43,7 @@ class FakeProblem:
         self.evaluations: list[Evaluation] = []
         self.scored: list[Bits] = []
         self.glanced: list[float] = []
+        self.glances_first = True
         self.clock = Clock()
         self.in_parts = None
         self.cell_cost = np.full((len(sizes), 9), np.inf)

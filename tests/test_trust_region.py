@@ -43,6 +43,7 @@ class Problem:
         self.evaluations: list[Evaluation] = []
         self.reference = Score(4, kl=0.0)
         self.looked: list[Bits] = []
+        self.glances_first = True
         self.crossbars: Callable[[Bits], int] = lambda _: 1
         self.score: Callable[[Bits], Score] = lambda bits: Score(4, kl=self.loss(bits))
 
@@ -96,6 +97,15 @@ def test_what_a_glance_shows_to_be_worse_is_not_looked_at_further() -> None:
         # Nothing near the best so far was dismissed, nothing far above it was looked at.
         assert (bits in dismissed) == (loss(bits) > 1.25 * best), bits
         best = min(best, loss(bits))
+
+
+def test_where_a_glance_saves_nothing_everything_is_evaluated() -> None:
+    problem = Problem(loss, loss)
+    problem.glances_first = False
+    found = region(problem)
+    assert sum(found.step() for _ in range(20)) == 20
+    assert len(problem.evaluations) == 21
+    assert problem.looked == []
 
 
 def test_a_glance_alone_makes_no_incumbent() -> None:

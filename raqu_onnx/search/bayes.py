@@ -134,6 +134,8 @@ class TrustRegion:
 
         The losses of the others are taken to be as much above the incumbent's as those at a glance are.
         """
+        if not self.problem.glances_first:
+            return candidates
         (own,) = self.problem.glances([self.incumbent.bits])
         margin = _MARGIN * self.incumbent.score.fidelity
         most = own + margin if margin > 0 and math.isfinite(own + margin) else math.inf

@@ -47,6 +47,7 @@ class Judge:
 
     Attributes:
         reference: Score of the float model.
+        glances_first: Whether the data is large enough for a glance at some of it to save anything.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Judge:
         places = self._batches.spread(samples)
         # A user's function may not be made for some of the data.
         self._glanced = frozenset[int]() if metric.kind == "function" or len(places) == len(self._batches) else places
+        self.glances_first = bool(self._glanced)
         session = make_session(session_model(model), threads=settings.threads)
         self._reference = Reference(session, selection, settings.batch_size, settings.task, metric)
         self.reference = self._reference.score

@@ -105,6 +105,7 @@ class Problem:
         self.clock = Clock(run.timeout)
         self._judge = Judge(model, quantizer, selection, settings)
         self.reference = self._judge.reference
+        self.glances_first = self._judge.glances_first
         self._cache = run.begin(model, quantizer, selection, settings)
         self._workers = 1 if run.pool is None else run.pool.workers
         judges = run.judges(self._judge, model, quantizer, selection, settings)
