@@ -213,7 +213,7 @@ def test_a_bias_that_stays_is_not_learned_by_the_weights() -> None:
 # ---------------------------------------------------------------------------------------------------- unseen inputs
 
 
-@pytest.mark.parametrize(("part", "share", "seeds"), [("residuals", 1.0, 40), ("targets", 0.75, 3)])
+@pytest.mark.parametrize(("part", "share", "seeds"), [("residuals", 0.98, 40), ("targets", 0.75, 3)])
 def test_on_unseen_inputs_the_error_is_less_than_without(part: FitPart, share: float, seeds: int) -> None:
     ratios = []
     for seed in range(seeds):

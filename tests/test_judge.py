@@ -16,10 +16,11 @@ from raqu_onnx.search import judge as judging_module
 from raqu_onnx.search.judge import Judge
 from raqu_onnx.search.questions import QUICK, SCORE, Answer, Question, Verdict
 from raqu_onnx.search.records import Records
+from raqu_onnx.search.run import InProcess
 from raqu_onnx.spool import Spool, SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 BITS = Bits.uniform(3, 3, 8)
@@ -88,33 +89,25 @@ def test_a_function_of_the_user_sees_all_of_the_data(small_net: Any, small_data:
 
 
 class Noted:
-    """Judges that note what they are asked; glances are a tenth of the first width."""
+    """A judge that notes what it is asked; glances are a tenth of the first width."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Question, Bits]] = []
 
-    def answers(
-        self, question: Question, candidates: Sequence[Bits], until: Callable[[], bool]
-    ) -> Iterator[tuple[int, Answer]]:
-        for index, bits in enumerate(candidates):
-            if until():
-                return
-            self.asked.append((question, bits))
-            width = bits.weights[0]
-            assert isinstance(width, int)
-            glance = width / 10
-            yield (
-                index,
-                glance
-                if question.kind == "quick"
-                else Verdict(glance, None if glance > question.most else Score(4, kl=glance)),
-            )
+    def answer(self, question: Question, bits: Bits) -> Answer:
+        self.asked.append((question, bits))
+        width = bits.weights[0]
+        assert isinstance(width, int)
+        glance = width / 10
+        if question.kind == "quick":
+            return glance
+        return Verdict(glance, None if glance > question.most else Score(4, kl=glance))
 
 
 def test_what_a_glance_answers_is_not_asked_again() -> None:
     low, high = Bits((2,), None), Bits((8,), None)
-    judges = Noted()
-    records = Records(judges)
+    judges: Any = Noted()
+    records = Records(InProcess(judges))
     some = Question("score", 0.5)
     found = records.answers(some, [low, high])
     assert found == {low: Verdict(0.2, Score(4, kl=0.2)), high: Verdict(0.8, None)}
@@ -130,6 +123,7 @@ def test_what_a_glance_answers_is_not_asked_again() -> None:
 
 def test_a_glance_is_no_score_where_time_is_up() -> None:
     high = Bits((8,), None)
-    records = Records(Noted())
+    judge: Any = Noted()
+    records = Records(InProcess(judge))
     records.answers(Question("score", 0.5), [high])
     assert records.answers(SCORE, [high], until=lambda: True) == {}
