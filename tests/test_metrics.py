@@ -78,8 +78,10 @@ def test_quality_is_what_was_named() -> None:
 
 
 def test_the_search_minimizes_what_was_named() -> None:
-    auto = SCORE.loss
-    assert auto == pytest.approx(0.25 + 0.05)
+    # Labels alone do not make top-1 count.
+    assert SCORE.loss == pytest.approx(0.25)
+    named = Score(9, top1=0.5, kl=0.25, measured="top-1", value=0.5)
+    assert named.loss == pytest.approx(0.25 + 0.05)
     measures = {text: Measure(parse_metric(text), ("scores",), 0, "data").on(SCORE) for text in ("kl", "sqnr")}
     assert measures["kl"].loss == pytest.approx(0.25)
     assert measures["sqnr"].loss == pytest.approx(0.1)

@@ -264,7 +264,7 @@ def measured(score: ScoreReport, name: str, value: float | None) -> ScoreReport:
     [
         (NOTHING, False, ""),
         (CLASSES, True, ""),
-        (LABELLED, True, "the share of wrong answers"),
+        (LABELLED, True, ""),
         (measured(LABELLED, "top-5", 0.875), True, "what top-5 lacks to 1"),
         (measured(LABELLED, "top-1", 0.5), True, "the share of wrong answers"),
         (measured(LABELLED, "agreement", 0.75), True, "the share of answers that are not the float model's"),

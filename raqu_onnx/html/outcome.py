@@ -231,9 +231,9 @@ def loss_sentence(report: Report) -> str:
 
 
 def _counted(score: ScoreReport) -> str:
-    """What quality adds to the loss."""
-    named = score.measured or ("top-1" if score.top1 is not None else None)
-    if named in (None, KL, NOISE):
+    """What a metric that was named adds to the loss."""
+    named = score.measured
+    if named is None or named in (KL, NOISE):
         return ""
     words = {"top-1": "the share of wrong answers", "agreement": "the share of answers that are not the float model's"}
     return f" plus a tenth of {words.get(named, f'what {named} lacks to 1')}"
