@@ -4,9 +4,10 @@
     python tools/bench_fit_chip.py --counts 8,4,2 --seeds 1 --evaluations 8
 
 The chip is `hetero` with other counts; those of the default, 8 of 64x64, 4 of 128x128 and 2 of 256x256, hold as many
-cells as 14 crossbars of 128x128. Together: `fit_chip` on it. After: the same search for as many cells in crossbars of
-128x128 alone; of all candidates that it judged, the one of least loss that can be placed on the chip. Both are held
-against each other by what both minimize, the loss on the selection images. Calibration images are drawn by seed from
+cells as 14 crossbars of 128x128. Together: `fit_chip` on it. After: a run of its own for as many cells in crossbars of
+128x128 alone; of all candidates that it judged, the one of least loss that can be placed on the chip. `fit_chip` makes
+that search too, so that it can only be worse where the two runs differ. Both are held against each other by what both
+minimize, the loss on the selection images. Calibration images are drawn by seed from
 the bundled ones; accuracy is that of the emitted model in onnxruntime with default settings on Fashion-MNIST's 10,000
 test images, which neither has seen.
 """

@@ -28,6 +28,7 @@ from raqu_onnx.search.sensitivity import Sensitivity, measure_sensitivity
 from raqu_onnx.search.stages import LayerStage, searched_activations
 from raqu_onnx.search.strategy import best_within, budget_of, least, require_reachable
 from raqu_onnx.search.trend import Trend
+from raqu_onnx.search.types_after import search_types_after
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +60,10 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         budget = budget_of(problem, goal)
         require_reachable(problem, stage, budget)
         chosen = best_within(problem, stage, budget) if goal.minimized is None else least(problem, stage, goal)
+        if goal.fills_chip and problem.in_parts is None:
+            chosen = search_types_after(
+                problem, lambda other: _prepared(other, sensitivity, goal), chosen, what="Bayesian search without types"
+            )
         if goal.speaks_of == {"crossbars"}:
             # What costs no crossbars is taken as far as it is free.
             chosen = _narrow_activations(problem, sensitivity, goal, chosen)
@@ -247,6 +252,12 @@ def _cost(problem: Problem, goal: Goal, bits: Bits) -> Cost | None:
         crossbars = problem.crossbars(bits.weights)
         return None if crossbars is None else Cost(crossbars)
     return problem.measure(bits)
+
+
+def _prepared(problem: Problem, sensitivity: Sensitivity, goal: Goal) -> Stage:
+    """What is searched on another chip, with uniform widths among the candidates as on the first."""
+    _uniform_baselines(problem, goal)
+    return _stage(problem, sensitivity)
 
 
 def _stage(problem: Problem, sensitivity: Sensitivity) -> Stage:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,9 +114,25 @@ class Problem:
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._placements: OrderedDict[tuple[Sharing, bytes], Placement] = OrderedDict()
         self._matrices: dict[tuple[int, int], Matrix] = {}
-        flow = Flow(*execution_order(model, self.names))
-        self._costs = CostModel(self.nodes, chip, flow)
+        self._flow = Flow(*execution_order(model, self.names))
+        self._costs = CostModel(self.nodes, chip, self._flow)
         self.cell_cost = self._linear_costs()
+
+    def on(self, chip: Chip, max_crossbars: int | None) -> Problem:
+        """The same model, data and judgements on another chip, with no candidate judged there yet.
+
+        Args:
+            chip: The other chip, whose cells hold as many bits.
+            max_crossbars: The budget there.
+        """
+        other = copy(self)
+        other.chip, other.max_crossbars = chip, max_crossbars
+        other.watch = lambda _evaluation: None
+        other.evaluations, other._evaluated = [], set()
+        other._counts, other._placements = {}, OrderedDict()
+        other._costs = CostModel(self.nodes, chip, self._flow)
+        other.cell_cost = other._linear_costs()
+        return other
 
     # --- cost -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from raqu_onnx.encodings import MAX_BITS
@@ -98,6 +98,11 @@ class Goal:
             self.max_crossbars, self.max_latency_ns, self.max_latency_cycles, self.max_energy_pj, self.max_average_bits,
         )  # fmt: skip
         return self.fit_chip or any(limit is not None for limit in limits)
+
+    @property
+    def fills_chip(self) -> bool:
+        """Whether the chip's crossbars are the only limit that the loss is minimized within."""
+        return replace(self, max_accuracy_drop=None) == Goal(None, None, fit_chip=True)
 
     @property
     def minimized(self) -> Objective | None:
