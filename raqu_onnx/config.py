@@ -155,7 +155,7 @@ class OptimizeConfig(BaseModel):
         SearchSettings.evaluations,
         ge=0,
         strict=True,
-        description="candidates that the Bayesian stage judges, those dismissed after a quarter of the data too",
+        description="candidates that a Bayesian stage judges, those dismissed after a quarter of the data too",
     )
     sensitivity_samples: int = Field(
         SearchSettings.sensitivity_samples,

@@ -60,7 +60,7 @@ class FrontReport(_Part):
     latency_ns: float | None = Field(description="the same in ns, null where the chip gives no cycle time")
     energy_pj: float | None = Field(description="energy of one inference, null where the chip lacks figures")
     loss: float | None = Field(
-        description="what the search minimizes: KL or noise over signal, plus a tenth of what a named metric lacks to 1"
+        description="what the search minimizes: KL or noise over signal, plus a tenth of what another metric lacks"
     )
     score: ScoreReport = Field(description="on the selection data")
     weights: list[float] = Field(description="mean weight bits per kernel, in the order of `nodes`")

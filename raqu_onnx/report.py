@@ -178,7 +178,9 @@ class Report(_Part):
     )
     front: list[FrontReport] = Field(description="by rising crossbars")
     chosen: int | None = Field(None, description="`k` of the point of the front that was written")
-    evaluations: list[EvaluationReport] = Field([], description="every candidate, in the order in which it was judged")
+    evaluations: list[EvaluationReport] = Field(
+        [], description="every candidate that can be placed, in the order in which it was judged"
+    )
     uniform: list[UniformReport] = Field([], description="one width for the whole model, by falling width")
     best_uniform: int | None = Field(
         None, description="width of the one of `uniform` that serves the same goal best, null where none does"

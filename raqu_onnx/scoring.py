@@ -65,12 +65,8 @@ class Score:
     def loss(self) -> float:
         """What the search minimizes: KL divergence (or noise), plus a tenth of what a metric that was named lacks to 1.
 
-        Top-1 does not count where labels are there but nobody asked for it. Candidates within one budget differ by less
-        than the luck of a few thousand samples moves it: of 20 to 60 near the starts of both bundled models at two
-        budgets, the top-1 errors on the 2,000 selection images and the points lost on the test images have rank
-        correlations from -0.16 to 0.23, and a tenth of that error made the loss tell the KL divergence on the test
-        images worse (0.51 instead of 0.66 for the ResNet-20 at 18 crossbars, 0.86 instead of 0.88 for the MobileNetV2
-        at 6).
+        Where labels are there but nobody asked for a metric, top-1 does not count: candidates within one budget differ
+        by less than the luck of a few thousand samples moves it, and the KL divergence tells them apart.
         """
         counted = None if self.measured in (None, KL, NOISE) else self.value
         return self.fidelity + (0.0 if counted is None else _QUALITY_WEIGHT * (1.0 - counted))

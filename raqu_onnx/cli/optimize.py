@@ -205,7 +205,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--evaluations",
         type=int,
         metavar="N",
-        help="candidates that the Bayesian stage judges, those dismissed after a quarter of the data too (default: 24)",
+        help="candidates that a Bayesian stage judges, those dismissed after a quarter of the data too (default: 24)",
     )
     group.add_argument(
         "--sensitivity-samples",

@@ -60,10 +60,8 @@ def search(problem: Problem, goal: Goal) -> SearchResult:
         budget = budget_of(problem, goal)
         require_reachable(problem, stage, budget)
         chosen = best_within(problem, stage, budget) if goal.minimized is None else least(problem, stage, goal)
-        if goal.fills_chip and problem.in_parts is None:
-            chosen = search_types_after(
-                problem, lambda other: _prepared(other, sensitivity, goal), chosen, what="Bayesian search without types"
-            )
+        if goal.fills_chip:
+            chosen = search_types_after(problem, lambda other: _prepared(other, goal), chosen)
         if goal.speaks_of == {"crossbars"}:
             # What costs no crossbars is taken as far as it is free.
             chosen = _narrow_activations(problem, sensitivity, goal, chosen)
@@ -254,10 +252,11 @@ def _cost(problem: Problem, goal: Goal, bits: Bits) -> Cost | None:
     return problem.measure(bits)
 
 
-def _prepared(problem: Problem, sensitivity: Sensitivity, goal: Goal) -> Stage:
+def _prepared(problem: Problem, goal: Goal) -> Stage:
     """What is searched on another chip, with uniform widths among the candidates as on the first."""
     _uniform_baselines(problem, goal)
-    return _stage(problem, sensitivity)
+    # Which widths are of use, and so are measured, depends on the chip.
+    return _stage(problem, measure_sensitivity(problem))
 
 
 def _stage(problem: Problem, sensitivity: Sensitivity) -> Stage:

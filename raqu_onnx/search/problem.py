@@ -114,6 +114,7 @@ class Problem:
         self._counts: dict[tuple[Sharing, tuple[NodeWidth, ...] | bytes], int | None] = {}
         self._placements: OrderedDict[tuple[Sharing, bytes], Placement] = OrderedDict()
         self._matrices: dict[tuple[int, int], Matrix] = {}
+        self._curves: dict[tuple[int, ...], Mapping[str, ErrorCurve]] = {}
         self._flow = Flow(*execution_order(model, self.names))
         self._costs = CostModel(self.nodes, chip, self._flow)
         self.cell_cost = self._linear_costs()
@@ -128,6 +129,7 @@ class Problem:
         other = copy(self)
         other.chip, other.max_crossbars = chip, max_crossbars
         other.watch = lambda _evaluation: None
+        other.progress = lambda what, done, total: self.progress(f"{what}, for one crossbar size", done, total)
         other.evaluations, other._evaluated = [], set()
         other._counts, other._placements = {}, OrderedDict()
         other._costs = CostModel(self.nodes, chip, self._flow)
@@ -336,13 +338,14 @@ class Problem:
 
     def curves(self, widths: Sequence[int]) -> Mapping[str, ErrorCurve]:
         """Error curves of all nodes at some widths."""
-        known = None if self._cache is None else self._cache.curves(widths, self.names)
-        if known is not None:
-            return known
-        found = error_curves(self.model, self.quantizer, widths=widths)
-        if self._cache is not None:
-            self._cache.keep_curves(widths, found)
-        return found
+        key = tuple(widths)
+        if key not in self._curves:
+            known = None if self._cache is None else self._cache.curves(widths, self.names)
+            found = known or error_curves(self.model, self.quantizer, widths=widths)
+            if self._cache is not None and known is None:
+                self._cache.keep_curves(widths, found)
+            self._curves[key] = found
+        return self._curves[key]
 
 
 def _digest(weights: tuple[NodeWidth, ...]) -> bytes:

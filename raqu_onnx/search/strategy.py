@@ -64,14 +64,8 @@ def require_reachable(problem: Problem, stage: Stage, budget: Budget) -> None:
             )
 
 
-def best_within(problem: Problem, stage: Stage, budget: Budget, what: str = "Bayesian search") -> Evaluation:
+def best_within(problem: Problem, stage: Stage, budget: Budget) -> Evaluation:
     """The least loss within a budget.
-
-    Args:
-        problem: Costs and scores.
-        stage: What is searched.
-        budget: The budget.
-        what: What progress says is being done.
 
     Raises:
         DoesNotFitError: No candidate fits.
@@ -85,8 +79,8 @@ def best_within(problem: Problem, stage: Stage, budget: Budget, what: str = "Bay
             f"no candidate fits {where}chip {problem.chip.name}{limits}; allow more, or use a larger chip"
         )
     region = stage.region(budget, min(known, key=lambda e: e.score.loss))
-    _spend(problem, region, problem.settings.evaluations, what)
-    problem.progress(what, problem.settings.evaluations, problem.settings.evaluations)
+    _spend(problem, region, problem.settings.evaluations, "Bayesian search")
+    problem.progress("Bayesian search", problem.settings.evaluations, problem.settings.evaluations)
     return region.incumbent
 
 
