@@ -157,12 +157,17 @@ class ModelQuantizer:
         return self._assemble(name, bits, fit, stored)
 
     def fit_to(
-        self, name: str, bits: NodeBits, target: Target, stored: NDArray[np.bool_] | None = None
+        self,
+        name: str,
+        bits: NodeBits,
+        target: Target,
+        stored: NDArray[np.bool_] | None = None,
+        *,
+        without: tuple[FitPart, ...] = ("refit", "polish"),
     ) -> FittedWeights:
-        """Weights alone, rounded once: quick, to compare targets."""
+        """Weights alone, without some parts of the method: quick, to compare targets."""
         widths = bits.channel_bits(self.sources[name].node.layout.channels)
-        plainer: tuple[FitPart, ...] = ("refit", "polish")
-        quick = self.without.union(plainer)
+        quick = self.without.union(without)
         return self._new_fitter(self.sources[name], target, quick, stored).fit(widths)
 
     def _assemble(

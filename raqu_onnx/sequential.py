@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raqu_onnx.annotations import NodeBits
 from raqu_onnx.data import take
 from raqu_onnx.joint_moments import JointMoments
 from raqu_onnx.patches import input_vectors, output_vectors
+from raqu_onnx.rounding import DAMPING
 from raqu_onnx.segments import NodeRunner, Step
 from raqu_onnx.statistics import FULL_LIMIT
-from raqu_onnx.targets import Shrinkage, choose_shrinkage, default_shrinkage, make_target
+from raqu_onnx.targets import Shrinkage, choose_damping, choose_shrinkage, default_shrinkage, make_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from raqu_onnx.annotations import NodeBits
     from raqu_onnx.data import Dataset
     from raqu_onnx.layout import MappedNode
     from raqu_onnx.quantized import QuantizedNode
@@ -41,6 +42,9 @@ _FEWEST_VECTORS = 4096
 # With fewer vectors per row than this, vectors are held out to see how far moments can be trusted: one sample in four.
 _FEW_PER_ROW = 6
 _HELD_OUT = 4
+# Width at which damping is compared, and rows up to which it hardly matters: the moments of so few rows are known well.
+_TRIAL = NodeBits(4, None)
+_FEW_ROWS = 32
 _BATCH = 32
 _FEWEST_SAMPLES = 8
 _MEMORY_BYTES = 2 << 30
@@ -84,6 +88,7 @@ class SequentialQuantizer:
         self.dataset = dataset if whole else take(dataset, units * dataset.unit)
         self._feeds, count = _feeds(self.dataset)
         self._shrinkage = default_shrinkage(max(1, count))
+        self._damping: dict[str, float] = {}
         units = min(units, -(-count // dataset.unit))
         self._kept = list(self._float_targets()) if total * units <= memory_bytes // 2 else None
 
@@ -122,8 +127,29 @@ class SequentialQuantizer:
         """What every mapped node is to give, together with what is added to it, in graph order."""
         values: Values = dict(self._feeds)
         for step in self._runner.steps:
-            yield self._float_step(step, values)
+            wanted = self._float_step(step, values)
+            if step.node.name not in self._damping:
+                x, y = values[step.node.input_name], values[step.node.output_name]
+                self._damping[step.node.name] = self._choose_damping(step.node, x, y)
+            yield wanted
             _forget(values, step)
+
+    def _choose_damping(self, node: MappedNode, inputs: list[NDArray[Any]], outputs: list[NDArray[Any]]) -> float:
+        """How much a node's moments are damped; the same whatever widths are asked for, and whoever asks first."""
+        if "shrinkage" in self._quantizer.without or node.layout.rows <= _FEW_ROWS:
+            return DAMPING
+        source = self._quantizer.sources[node.name]
+        sums = self._sums(source, inputs, outputs, hold_out=True)
+        used, held_out = sums or (None, None)
+        if used is None or held_out is None:
+            return DAMPING
+
+        def fit(shrinkage: Shrinkage) -> FittedWeights:
+            target = self._target(source, used, shrinkage)
+            return self._quantizer.fit_to(node.name, _TRIAL, target, without=("scales", "refit", "polish"))
+
+        centred = self._quantizer.absorbs_mean(source)
+        return choose_damping(fit, used, held_out, node.layout.channel_index(), centred=centred)
 
     def quantize(
         self, bits: Mapping[str, NodeBits], stored: Mapping[str, NDArray[np.bool_]] | None = None
@@ -168,15 +194,16 @@ class SequentialQuantizer:
         if sums is None:
             return self._quantizer.quantize(name, bits, stored)
         used, held_out = sums
+        usual = replace(self._shrinkage, damping=self._damping[name])
         if held_out is None:
-            return self._quantizer.quantize_to(name, bits, self._target(source, used, self._shrinkage), stored)
+            return self._quantizer.quantize_to(name, bits, self._target(source, used, usual), stored)
 
         def fit(shrinkage: Shrinkage) -> FittedWeights:
             return self._quantizer.fit_to(name, bits, self._target(source, used, shrinkage), stored)
 
         channels = source.node.layout.channel_index()
         centred = self._quantizer.absorbs_mean(source)
-        shrinkage = choose_shrinkage(fit, used, held_out, channels, self._shrinkage, centred=centred)
+        shrinkage = choose_shrinkage(fit, used, held_out, channels, usual, centred=centred)
         return self._quantizer.quantize_to(name, bits, self._target(source, used.merged(held_out), shrinkage), stored)
 
     def _target(self, source: NodeSource, moments: JointMoments, shrinkage: Shrinkage) -> Target:
@@ -186,9 +213,9 @@ class SequentialQuantizer:
         return make_target(weight, moments, shrinkage, centred=self._quantizer.absorbs_mean(source))
 
     def _sums(
-        self, source: NodeSource, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]]
+        self, source: NodeSource, arriving: list[NDArray[Any]], wanted: list[NDArray[Any]], *, hold_out: bool = False
     ) -> tuple[JointMoments, JointMoments | None] | None:
-        """Sums over the vectors to fit on, and where they are few, over those of the last samples, which are held out.
+        """Sums over the vectors to fit on, and over those of the last samples, held out if asked or if all are few.
 
         None where the node has too many rows, no inputs, or values whose squares overflow.
         """
@@ -205,7 +232,7 @@ class SequentialQuantizer:
         # Data that comes in groups, such as crops of one photograph, mostly comes group by group: the end is the best
         # guess at what other data looks like.
         few = "shrinkage" not in self._quantizer.without and _vectors(node, wanted) < _FEW_PER_ROW * node.layout.rows
-        first = samples - samples // _HELD_OUT if few else samples
+        first = samples - samples // _HELD_OUT if few or hold_out else samples
         used: JointMoments | None = None
         held_out: JointMoments | None = None
         seen = 0

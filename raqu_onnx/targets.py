@@ -3,7 +3,9 @@
 With inputs `x` and the output `t` wanted for them, both centred where a bias takes up the mean:
 `W' = (xx^T + r I)^-1 (x t^T + r W)`, the ridge regression of the output on the inputs, towards the float weight `W`.
 Moments of few samples know too little of other data: the fewer samples, the stronger `r`. Where vectors are fewer than
-a node's rows want, those of the last samples are held out and decide how far the moments are trusted at all.
+a node's rows want, those of the last samples are held out and decide how far the moments are trusted at all. Many
+vectors may be alike as well, as those of a few photographs are in the last nodes of a network: what rounding in float
+loses on the last samples decides for every node how much its moments are damped.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from raqu_onnx.rounding import DAMPING
 from raqu_onnx.weights import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from raqu_onnx.joint_moments import JointMoments
     from raqu_onnx.weights import FittedWeights
 
-__all__ = ["Shrinkage", "choose_shrinkage", "default_shrinkage", "make_target"]
+__all__ = ["Shrinkage", "choose_damping", "choose_shrinkage", "default_shrinkage", "make_target"]
 
 # Share of the mean input power that keeps the regression from chasing what only the samples at hand have in common,
 # with so many samples and with fewer. Chosen on ResNet-20 and MobileNetV2 with Fashion-MNIST, where 0.05 to 0.5 differ
@@ -34,6 +36,11 @@ _RIDGE, _SAMPLES = 0.2, 512
 _MOST_RIDGE = 0.5
 # What is held out is few as well: less gain than this proves nothing.
 _GAIN = 0.98
+# Damping that is tried beside the least, which is kept unless another gains this much: with 512 images of Fashion-MNIST
+# more damping gains up to 9 % in nodes of the bundled models rounded to 4 bits, and the emitted models lose by it; with
+# crops of 16 photographs it gains up to 33 % in the last nodes of EfficientNet-Lite0, and the emitted model wins.
+_DAMPINGS = (0.05, 0.2, 0.5)
+_CLEAR_GAIN = 0.9
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,50 @@ def choose_shrinkage(
         default: The least shrinkage, kept unless another is clearly better.
         centred: The bias takes up the mean error, as found on the vectors used.
     """
+    return _least(fit, [default, *_LADDER], used, held_out, channels, centred=centred, gain=_GAIN)
+
+
+def choose_damping(
+    fit: Callable[[Shrinkage], FittedWeights],
+    used: JointMoments,
+    held_out: JointMoments,
+    channels: NDArray[np.int64],
+    *,
+    centred: bool,
+) -> float:
+    """The damping with the least error of rounded float weights on vectors held out.
+
+    Args:
+        fit: Fits the node on the vectors used.
+        used: Sums over those vectors.
+        held_out: Sums over the others.
+        channels: Position on the scale axis of every kernel, shape (G, M).
+        centred: The bias takes up the mean error, as found on the vectors used.
+    """
+    ladder = [Shrinkage(math.inf, damping) for damping in (DAMPING, *_DAMPINGS)]
+    return _least(fit, ladder, used, held_out, channels, centred=centred, gain=_CLEAR_GAIN).damping
+
+
+def _least(
+    fit: Callable[[Shrinkage], FittedWeights],
+    ladder: Sequence[Shrinkage],
+    used: JointMoments,
+    held_out: JointMoments,
+    channels: NDArray[np.int64],
+    *,
+    centred: bool,
+    gain: float,
+) -> Shrinkage:
+    """The first one, unless another leaves less than a share of its error on vectors held out."""
     means = used.means
     centre = means if centred else (np.zeros_like(means[0]), np.zeros_like(means[1]))
-    ladder = [default, *_LADDER]
     errors = []
     for shrinkage in ladder:
         fitted = fit(shrinkage)
         rounded = fitted.codes * fitted.scales.astype(np.float64)[channels][:, None, :]
         errors.append(float(held_out.error(rounded, centre).sum()))
     best = int(np.argmin(errors))
-    return ladder[best if errors[best] < _GAIN * errors[0] else 0]
+    return ladder[best if errors[best] < gain * errors[0] else 0]
 
 
 def _regress(

@@ -22,7 +22,7 @@ They are made of parts (`FitPart`), each of which can be left out to see what it
   (likewise);
 * ``targets``: nodes are fitted to the float output, not to the float weight (of ``sequential``);
 * ``residuals``: the target of a node whose output is added to another value includes that value's error (likewise);
-* ``shrinkage``: where a node has few vectors for its rows, those held out decide how far its moments are trusted
+* ``shrinkage``: vectors held out decide how far a node's moments are trusted, where they are few or much alike
   (likewise).
 """
 

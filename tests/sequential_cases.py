@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from raqu_onnx.quantized import QuantizedNode
+    from raqu_onnx.weights import FitPart
 
 
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'
@@ -52,11 +53,18 @@ def prepared(proto: onnx.ModelProto) -> ir.Model:
 class Case:
     """A calibrated model with its per-node and its sequential quantizer."""
 
-    def __init__(self, model: ir.Model, feeds: Mapping[str, np.ndarray], **options: Any) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Mapping[str, np.ndarray],
+        *,
+        without: frozenset[FitPart] = frozenset(),
+        **options: Any,
+    ) -> None:
         self.model = model
         self.data: Dataset = open_dataset(feeds, model_inputs(model))
         CalibratePass(self.data, threads=1)(model)
-        self.quantizer = build_quantizer(model, "offset", QuantizerSettings("gptq", threads=1))
+        self.quantizer = build_quantizer(model, "offset", QuantizerSettings("gptq", threads=1, without=without))
         self.names = list(self.quantizer.sources)
         self.sequential = SequentialQuantizer(model, self.quantizer, self.data, threads=1, **options)
 

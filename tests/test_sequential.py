@@ -28,6 +28,7 @@ from raqu_onnx.evaluation import collect, make_session, score
 from raqu_onnx.model_io import load_model, model_inputs, to_proto
 from raqu_onnx.passes.insert_qdq import InsertQDQPass
 from raqu_onnx.passes.quantize_weights import QuantizeWeightsPass
+from raqu_onnx.rounding import DAMPING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -216,6 +217,24 @@ def test_too_little_memory_to_keep_float_inputs_changes_nothing(shared: Case) ->
     assert sum(len(batch) for batch in tight.sequential._feeds["x"]) == 40
     assert_equal(expected, tight.sequential.quantize(shared.bits(3)))
     assert_equal(expected, tight.sequential.quantize(shared.bits(3)))
+
+
+@pytest.mark.parametrize("without", [frozenset(), frozenset(("shrinkage",))])
+def test_samples_that_are_much_alike_are_trusted_less(without: frozenset[Any]) -> None:
+    """Sixteen pictures each of four scenes, the last of which is held out, and as many of 64 scenes."""
+    text = """g (float[n, 8, 9, 9] x) => (float[n, 16, 7, 7] y) { y = Conv (x, w, b) }"""
+    proto = loaded(text, {"w": (16, 8, 3, 3), "b": (16,)})
+    scenes, noise = normal(64, 8, 9, 9, seed=1), normal(64, 8, 9, 9, seed=2)
+    many = Case(proto, {"x": scenes + 0.01 * noise}, without=without)
+    feeds = {"x": np.repeat(scenes[:4], 16, axis=0) + 0.01 * noise}
+    few = Case(proto, feeds, without=without)
+    (name,) = many.names
+    assert many.sequential._damping == {name: DAMPING}
+    assert (few.sequential._damping[name] > DAMPING) == (not without)
+    # Chosen in float, whatever is asked for first.
+    weights = few.sequential.quantize(few.bits(3))[name].codes
+    plain = Case(proto, feeds, without=frozenset({"shrinkage"}))
+    assert (weights == plain.sequential.quantize(plain.bits(3))[name].codes).all() == bool(without)
 
 
 # ------------------------------------------------------------------------------------------------------- the emitted

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raqu_onnx.joint_moments import JointMoments
 from raqu_onnx.rounding import DAMPING
-from raqu_onnx.targets import Shrinkage, choose_shrinkage, default_shrinkage, make_target
+from raqu_onnx.targets import Shrinkage, choose_damping, choose_shrinkage, default_shrinkage, make_target
 from raqu_onnx.weights import FittedWeights
 
 if TYPE_CHECKING:
@@ -271,3 +271,24 @@ def test_fewer_samples_are_trusted_less() -> None:
     assert ridges[0] == 0.5
     assert ridges[4] > ridges[5] == ridges[-1] > 0
     assert {default_shrinkage(samples).damping for samples in (1, 512)} == {DAMPING}
+
+
+@pytest.mark.parametrize(("gain", "damping"), [(0.05, DAMPING), (0.08, DAMPING), (0.12, 0.2), (0.5, 0.2)])
+def test_moments_are_damped_more_only_where_that_gains_clearly(gain: float, damping: float) -> None:
+    weight, x, _ = pairs(400)
+    used, held_out = split(x, np.einsum("pgk,gkm->pgm", x, weight), 200)
+    asked = []
+
+    def fit(shrinkage: Shrinkage) -> FittedWeights:
+        """Errors of vectors held out are squares of what is left of the weight."""
+        asked.append(shrinkage)
+        left = np.sqrt(1 - gain) if shrinkage.damping == 0.2 else 1.0
+        nothing = np.zeros((GROUPS, KERNELS))
+        codes: np.ndarray = weight * (1 - 0.1 * left)
+        return FittedWeights(codes, np.ones(KERNELS, np.float32), nothing, nothing)
+
+    assert choose_damping(fit, used, held_out, CHANNELS, centred=True) == damping
+    # Rounding is compared for the float weight, whatever a regression would make of it.
+    assert all(np.isinf(item.ridge) for item in asked)
+    assert asked[0].damping == DAMPING
+    assert len({item.damping for item in asked}) == len(asked) > 2
