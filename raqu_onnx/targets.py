@@ -4,8 +4,9 @@ With inputs `x` and the output `t` wanted for them, both centred where a bias ta
 `W' = (xx^T + r I)^-1 (x t^T + r W)`, the ridge regression of the output on the inputs, towards the float weight `W`.
 Moments of few samples know too little of other data: the fewer samples, the stronger `r`. Where vectors are fewer than
 a node's rows want, those of the last samples are held out and decide how far the moments are trusted at all. Many
-vectors may be alike as well, as those of a few photographs are in the last nodes of a network: what rounding in float
-loses on the last samples decides for every node how much its moments are damped.
+vectors may tell little as well, as those of a few photographs do in the last nodes of a network: where nodes have more
+than a few rows, what rounding the float weight loses on the last samples decides how much their moments are damped. In
+data whose order is random this finds nothing, and moments are trusted.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ _RIDGE, _SAMPLES = 0.2, 512
 _MOST_RIDGE = 0.5
 # What is held out is few as well: less gain than this proves nothing.
 _GAIN = 0.98
-# Damping that is tried beside the least, which is kept unless another gains this much: with 512 images of Fashion-MNIST
-# more damping gains up to 9 % in nodes of the bundled models rounded to 4 bits, and the emitted models lose by it; with
-# crops of 16 photographs it gains up to 33 % in the last nodes of EfficientNet-Lite0, and the emitted model wins.
+# Damping that is tried beside the least, which is kept unless another gains this much. With 512 images of Fashion-MNIST
+# (one draw) more damping gains up to 9 % in nodes of the bundled ResNet-20 rounded to 4 bits; 0.1 everywhere raises its
+# KL divergence with 2-bit weights from 0.0087 to 0.0095 (three draws). With 256 crops of 16 photographs, one photograph
+# after the other, it gains up to 33 % in the last nodes of EfficientNet-Lite0, and 0.4 dB of the emitted model's SQNR.
 _DAMPINGS = (0.05, 0.2, 0.5)
 _CLEAR_GAIN = 0.9
 

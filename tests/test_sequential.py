@@ -231,8 +231,13 @@ def test_samples_that_are_much_alike_are_trusted_less(without: frozenset[Any]) -
     (name,) = many.names
     assert many.sequential._damping == {name: DAMPING}
     assert (few.sequential._damping[name] > DAMPING) == (not without)
-    # Chosen in float, whatever is asked for first.
     weights = few.sequential.quantize(few.bits(3))[name].codes
+    # The same where float values are not kept for want of memory, and whatever is asked for first.
+    tight = Case(proto, feeds, without=without)
+    tight.sequential._kept, tight.sequential._damping = None, {}
+    tight.sequential.quantize(tight.bits(5, 4))
+    assert tight.sequential._damping == few.sequential._damping
+    assert (weights == tight.sequential.quantize(tight.bits(3))[name].codes).all()
     plain = Case(proto, feeds, without=frozenset({"shrinkage"}))
     assert (weights == plain.sequential.quantize(plain.bits(3))[name].codes).all() == bool(without)
 

@@ -290,5 +290,4 @@ def test_moments_are_damped_more_only_where_that_gains_clearly(gain: float, damp
     assert choose_damping(fit, used, held_out, CHANNELS, centred=True) == damping
     # Rounding is compared for the float weight, whatever a regression would make of it.
     assert all(np.isinf(item.ridge) for item in asked)
-    assert asked[0].damping == DAMPING
-    assert len({item.damping for item in asked}) == len(asked) > 2
+    assert [item.damping for item in asked] == [DAMPING, 0.05, 0.2, 0.5]

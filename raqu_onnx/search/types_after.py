@@ -3,7 +3,7 @@
 On a chip with crossbars of several sizes the search allocates bits for these, and what it judges differs by a few
 kernels from what it would judge on a chip of one size. A few kernels more or less change how all that follow are
 rounded, so that either may end with the smaller loss. Both are therefore sought, and the better candidate that can be
-placed is taken: choosing sizes and bits together is then never worse than assigning sizes after the bits.
+placed is taken: choosing sizes and bits together is then never worse than assigning sizes after bits for that one.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def search_types_after(problem: Problem, prepare: Callable[[Problem], Stage], fo
         except ChipError:
             # A kernel is too wide for this size, or as many cells of it are too few: others may do.
             continue
+        known = {item.bits for item in problem.evaluations}
         placed = [item.bits for item in other.evaluations if problem.measure(item.bits) is not None]
-        return min([found, *problem.evaluate_many(placed, ORIGIN)], key=lambda item: item.score.loss)
+        if placed:
+            new = [bits for bits in placed if bits not in known]
+            return min([found, *problem.evaluate_many(new, ORIGIN)], key=lambda item: item.score.loss)
     return found
