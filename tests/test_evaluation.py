@@ -158,10 +158,11 @@ def test_silence_where_nothing_was_expected() -> None:
 
 
 def test_loss_and_quality() -> None:
-    assert Score(10, top1=0.9, agreement=0.8, kl=0.05, sqnr_db=20).loss == pytest.approx(0.06)
+    assert Score(10, top1=0.9, agreement=0.8, kl=0.05, sqnr_db=20).loss == pytest.approx(0.05)
+    assert Score(10, top1=0.9, kl=0.05, measured="top-1", value=0.9).loss == pytest.approx(0.06)
     assert Score(10, agreement=0.8, kl=0.05, sqnr_db=20).loss == pytest.approx(0.05)
     assert Score(10, sqnr_db=20).loss == pytest.approx(0.01)
-    assert Score(10, top1=0.75).loss == pytest.approx(0.025)
+    assert Score(10, top1=0.75, measured="top-1", value=0.75).loss == pytest.approx(0.025)
     assert [Score(1, 0.9, 0.8, 0.1, 9).quality, Score(1, None, 0.8, 0.1, 9).quality] == [0.9, 0.8]
     assert Score(1, sqnr_db=20).quality == pytest.approx(0.99)
 
