@@ -20,7 +20,7 @@ from raqu_onnx.patches import input_vectors, output_vectors
 from raqu_onnx.rounding import DAMPING
 from raqu_onnx.segments import NodeRunner, Step
 from raqu_onnx.statistics import FULL_LIMIT
-from raqu_onnx.targets import Shrinkage, choose_damping, choose_shrinkage, default_shrinkage, make_target
+from raqu_onnx.targets import CLEAR_GAIN, DAMPINGS, Shrinkage, choose_shrinkage, default_shrinkage, make_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +153,10 @@ class SequentialQuantizer:
             return self._quantizer.fit_to(node.name, _TRIAL, damped, without=("scales", "refit", "polish"))
 
         centred = self._quantizer.absorbs_mean(source)
-        return choose_damping(fit, used, held_out, node.layout.channel_index(), centred=centred)
+        least, channels = Shrinkage(math.inf), node.layout.channel_index()
+        return choose_shrinkage(
+            fit, used, held_out, channels, least, centred=centred, ladder=DAMPINGS, gain=CLEAR_GAIN
+        ).damping
 
     def quantize(
         self, bits: Mapping[str, NodeBits], stored: Mapping[str, NDArray[np.bool_]] | None = None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from raqu_onnx.joint_moments import JointMoments
     from raqu_onnx.weights import FittedWeights
 
-__all__ = ["Shrinkage", "choose_damping", "choose_shrinkage", "default_shrinkage", "make_target"]
+__all__ = ["CLEAR_GAIN", "DAMPINGS", "Shrinkage", "choose_shrinkage", "default_shrinkage", "make_target"]
 
 # Share of the mean input power that keeps the regression from chasing what only the samples at hand have in common,
 # with so many samples and with fewer. Chosen on ResNet-20 and MobileNetV2 with Fashion-MNIST, where 0.05 to 0.5 differ
@@ -41,8 +41,7 @@ _GAIN = 0.98
 # (one draw) more damping gains up to 9 % in nodes of the bundled ResNet-20 rounded to 4 bits; 0.1 everywhere raises its
 # KL divergence with 2-bit weights from 0.0087 to 0.0095 (three draws). With 256 crops of 16 photographs, one photograph
 # after the other, it gains up to 33 % in the last nodes of EfficientNet-Lite0, and 0.4 dB of the emitted model's SQNR.
-_DAMPINGS = (0.05, 0.2, 0.5)
-_CLEAR_GAIN = 0.9
+CLEAR_GAIN = 0.9
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ _LADDER = (
     Shrinkage(math.inf, 0.2),
     Shrinkage(math.inf, 5.0),
 )
+
+
+#: Ever more damping, for float weights.
+DAMPINGS = tuple(Shrinkage(math.inf, damping) for damping in (0.05, 0.2, 0.5))
 
 
 def default_shrinkage(samples: int) -> Shrinkage:
@@ -106,6 +109,8 @@ def choose_shrinkage(
     default: Shrinkage,
     *,
     centred: bool,
+    ladder: Sequence[Shrinkage] = _LADDER,
+    gain: float = _GAIN,
 ) -> Shrinkage:
     """The shrinkage with the least error of rounded weights on vectors held out.
 
@@ -114,53 +119,21 @@ def choose_shrinkage(
         used: Sums over those vectors.
         held_out: Sums over the others.
         channels: Position on the scale axis of every kernel, shape (G, M).
-        default: The least shrinkage, kept unless another is clearly better.
+        default: What is kept unless another is clearly better.
         centred: The bias takes up the mean error, as found on the vectors used.
+        ladder: The others.
+        gain: Share of the default's error that another must stay below.
     """
-    return _least(fit, [default, *_LADDER], used, held_out, channels, centred=centred, gain=_GAIN)
-
-
-def choose_damping(
-    fit: Callable[[Shrinkage], FittedWeights],
-    used: JointMoments,
-    held_out: JointMoments,
-    channels: NDArray[np.int64],
-    *,
-    centred: bool,
-) -> float:
-    """The damping with the least error of rounded float weights on vectors held out.
-
-    Args:
-        fit: Fits the node on the vectors used.
-        used: Sums over those vectors.
-        held_out: Sums over the others.
-        channels: Position on the scale axis of every kernel, shape (G, M).
-        centred: The bias takes up the mean error, as found on the vectors used.
-    """
-    ladder = [Shrinkage(math.inf, damping) for damping in (DAMPING, *_DAMPINGS)]
-    return _least(fit, ladder, used, held_out, channels, centred=centred, gain=_CLEAR_GAIN).damping
-
-
-def _least(
-    fit: Callable[[Shrinkage], FittedWeights],
-    ladder: Sequence[Shrinkage],
-    used: JointMoments,
-    held_out: JointMoments,
-    channels: NDArray[np.int64],
-    *,
-    centred: bool,
-    gain: float,
-) -> Shrinkage:
-    """The first one, unless another leaves less than a share of its error on vectors held out."""
     means = used.means
     centre = means if centred else (np.zeros_like(means[0]), np.zeros_like(means[1]))
+    rungs = [default, *ladder]
     errors = []
-    for shrinkage in ladder:
+    for shrinkage in rungs:
         fitted = fit(shrinkage)
         rounded = fitted.codes * fitted.scales.astype(np.float64)[channels][:, None, :]
         errors.append(float(held_out.error(rounded, centre).sum()))
     best = int(np.argmin(errors))
-    return ladder[best if errors[best] < gain * errors[0] else 0]
+    return rungs[best if errors[best] < gain * errors[0] else 0]
 
 
 def _regress(

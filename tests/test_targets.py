@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raqu_onnx.joint_moments import JointMoments
 from raqu_onnx.rounding import DAMPING
-from raqu_onnx.targets import Shrinkage, choose_damping, choose_shrinkage, default_shrinkage, make_target
+from raqu_onnx.targets import CLEAR_GAIN, DAMPINGS, Shrinkage, choose_shrinkage, default_shrinkage, make_target
 from raqu_onnx.weights import FittedWeights
 
 if TYPE_CHECKING:
@@ -287,7 +287,9 @@ def test_moments_are_damped_more_only_where_that_gains_clearly(gain: float, damp
         codes: np.ndarray = weight * (1 - 0.1 * left)
         return FittedWeights(codes, np.ones(KERNELS, np.float32), nothing, nothing)
 
-    assert choose_damping(fit, used, held_out, CHANNELS, centred=True) == damping
+    least = Shrinkage(math.inf)
+    found = choose_shrinkage(fit, used, held_out, CHANNELS, least, centred=True, ladder=DAMPINGS, gain=CLEAR_GAIN)
+    assert found.damping == damping
     # Rounding is compared for the float weight, whatever a regression would make of it.
     assert all(np.isinf(item.ridge) for item in asked)
     assert [item.damping for item in asked] == [DAMPING, 0.05, 0.2, 0.5]
